@@ -1,0 +1,100 @@
+"""What every detector family offers: explicit steps in place of one mode-dependent ``forward``.
+
+``preprocess → features → dense → (proposals → regions) → losses | postprocess``. Distillation reads what lies between
+the steps, so each is a plain method with a value in and a value out. Nothing here trains or downloads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from autodet.detectors.spec import DetectorSpec
+
+Target = dict[
+    str, Tensor
+]  # boxes N×4 xyxy pixels, labels N in 1..K, image_id, orig_size (h, w), masks N×H×W where kept
+Features = dict[int, Tensor]  # nominal stride (4, 8, 16, …) → N×C×H×W
+
+
+@dataclass
+class Inputs:
+    """A batch after normalising, resizing, and padding to one canvas.
+
+    images: ``tensors`` N×3×H×W and, per image, its size inside the canvas; sizes: (height, width) before resizing.
+    """
+
+    images: ImageList
+    targets: list[Target] | None
+    sizes: list[tuple[int, int]]
+
+
+@dataclass
+class Dense:
+    """Responses at every location of every level; of a two-stage detector, those of the proposal network.
+
+    objectness: nominal stride → N×A×H×W logits; deltas: nominal stride → N×4A×H×W; anchors: per image, all × 4 xyxy.
+    """
+
+    objectness: dict[int, Tensor]
+    deltas: dict[int, Tensor]
+    anchors: list[Tensor]
+
+
+@dataclass
+class Regions:
+    """Second-stage responses on given proposals (R in all images together, label 0 is background).
+
+    proposals: per image R_i×4 xyxy pixels; class_logits: R×(K+1); box_deltas: R×4(K+1).
+    """
+
+    proposals: list[Tensor]
+    class_logits: Tensor
+    box_deltas: Tensor
+
+
+@dataclass
+class DetectorOutput:
+    """What distillation compares: all a teacher or a student can be asked for on one batch. A value, no module."""
+
+    features: Features
+    objectness: dict[int, Tensor] | None = None
+    regions: Regions | None = None
+
+
+class Detector(Protocol):
+    """A family's adapter around its plain model. ``model.state_dict()`` has the plain model's parameter names."""
+
+    spec: DetectorSpec
+    model: nn.Module
+
+    def preprocess(self, images: list[Tensor], targets: list[Target] | None = None) -> Inputs:
+        """Images 3×h×w in [0, 1] (and targets in their pixels) → one padded batch."""
+        ...
+
+    def features(self, inputs: Inputs) -> Features:
+        """The pyramid, nominal stride → N×C×H×W."""
+        ...
+
+    def dense(self, inputs: Inputs, features: Features) -> Dense:
+        """The dense head's responses on the pyramid."""
+        ...
+
+    def proposals(self, inputs: Inputs, dense: Dense) -> list[Tensor]:
+        """Per image R_i×4 boxes, best first, without gradient."""
+        ...
+
+    def regions(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Regions:
+        """The second stage's responses on *given* proposals, so that two detectors can be asked about the same ones."""
+        ...
+
+    def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
+        """The plain model's own named training losses (scalars); samples against the targets from torch's generator."""
+        ...
+
+    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
+        """Per image boxes (pixels of the images given to ``preprocess``), scores and labels after NMS."""
+        ...

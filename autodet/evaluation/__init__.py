@@ -1,0 +1,33 @@
+"""How good and how expensive a detector is: COCO AP, latency, multiply-adds, parameters."""
+
+from autodet.evaluation.coco_ap import (
+    Detection,
+    DetectionError,
+    evaluate,
+    evaluate_detections,
+    per_category_ap,
+    to_original,
+)
+from autodet.evaluation.cost import (
+    Latency,
+    cost_of,
+    count_macs,
+    count_params,
+    measure_latencies_interleaved,
+    measure_latency,
+)
+
+__all__ = [
+    "Detection",
+    "DetectionError",
+    "Latency",
+    "cost_of",
+    "count_macs",
+    "count_params",
+    "evaluate",
+    "evaluate_detections",
+    "measure_latencies_interleaved",
+    "measure_latency",
+    "per_category_ap",
+    "to_original",
+]

@@ -1,0 +1,129 @@
+"""What a detector costs: latency in ms, multiply-adds in G, parameters in M.
+
+Latencies are of this machine at this moment. To compare detectors, measure them interleaved and use ratios.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from autodet.records import Cost
+
+Run = Callable[[], object]
+
+
+class Latency(NamedTuple):
+    """Milliseconds a call: median and 90th percentile."""
+
+    median_ms: float
+    p90_ms: float
+
+
+def measure_latency(
+    run: Run, device: torch.device | str = "cpu", warmup: int = 3, repeats: int = 20, threads: int = 1
+) -> Latency:
+    """Time ``run``, called ``warmup`` times unmeasured, then ``repeats`` times; no gradients are recorded.
+
+    threads: PyTorch's threads on the CPU meanwhile; the former number is put back. On a GPU each call is timed until
+    its work is done. ``run`` should hold the whole detector with post-processing, in evaluation mode.
+    """
+    return measure_latencies_interleaved({"run": run}, device, warmup, repeats, threads)["run"]
+
+
+def measure_latencies_interleaved(
+    runs: Mapping[str, Run], device: torch.device | str = "cpu", warmup: int = 3, repeats: int = 20, threads: int = 1
+) -> dict[str, Latency]:
+    """Like ``measure_latency`` for several: each round calls all of them, every other round backwards.
+
+    A machine that slows down, by heat or by neighbours, then slows all alike, and ratios stay meaningful.
+    """
+    if warmup < 0 or repeats < 1 or threads < 1:
+        raise ValueError(f"expected warmup ≥ 0, repeats ≥ 1, threads ≥ 1, found {warmup}, {repeats}, {threads}")
+    device, names = torch.device(device), list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with _cpu_threads(threads), torch.no_grad():
+        for turn in range(-warmup, repeats):
+            for name in names if turn % 2 == 0 else reversed(names):
+                seconds = _timed(runs[name], device)
+                if turn >= 0:
+                    times[name].append(seconds)
+    return {name: _summary(seconds) for name, seconds in times.items()}
+
+
+def count_macs(run: Callable[..., object], *inputs: object) -> float:
+    """Multiply-adds of ``run(*inputs)`` in G, convolutions and matrix products only, half of PyTorch's count of FLOPs.
+
+    ``run`` is called once, as it is and without gradients: put a module into evaluation mode before. NMS, RoIAlign,
+    norms and activations are not counted. For a detector the number depends on the image's size and the proposals.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run(*inputs)
+    return float(counter.get_total_flops()) / 2 / 1e9
+
+
+def count_params(module: nn.Module) -> float:
+    """Parameters in M, shared ones once, frozen ones too; buffers such as a frozen norm's scale are not parameters."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def cost_of(
+    run: Run,
+    module: nn.Module,
+    device: torch.device | str = "cpu",
+    threads: int = 1,
+    batch: int = 1,
+    warmup: int = 3,
+    repeats: int = 20,
+) -> Cost:
+    """All costs of a detector. run: detects on one fixed batch of ``batch`` images; module: whose parameters count."""
+    latency = measure_latency(run, device, warmup, repeats, threads)
+    return Cost(
+        latency_ms=latency.median_ms,
+        latency_p90_ms=latency.p90_ms,
+        device=_device_name(torch.device(device)),
+        threads=threads,
+        batch=batch,
+        macs_g=count_macs(run) / batch,
+        params_m=count_params(module),
+    )
+
+
+def _timed(run: Run, device: torch.device) -> float:
+    _finish(device)
+    start = time.perf_counter()
+    run()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for the work given to a GPU; on the CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(seconds: list[float]) -> Latency:
+    median, p90 = np.percentile(seconds, (50, 90)) * 1e3
+    return Latency(float(median), float(p90))
+
+
+@contextmanager
+def _cpu_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -1,0 +1,199 @@
+"""A lease keeps a second driver out of a run folder, and lapses by itself when its holder dies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from autodet.atomic import atomic_write_json
+
+RENEW_SECONDS = 5.0
+LAPSE_SECONDS = 30.0  # six renewals: a paused or swapping driver keeps its run
+
+logger = logging.getLogger(__name__)
+
+
+class LeaseHeld(RuntimeError):  # noqa: N818 - the name is the state it reports
+    """Another living driver writes to this run."""
+
+
+class LeaseLost(RuntimeError):  # noqa: N818
+    """This driver's lease was taken over; it must stop writing."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease. start: the process's start in clock ticks since boot; machine: boot and process space."""
+
+    host: str
+    machine: str
+    pid: int
+    start: int | None
+    token: str
+    heartbeat: float
+
+
+class Lease:
+    """Exclusive right to write to a run folder, kept in FOLDER/lease.json and renewed by a background thread.
+
+    Taken over at once from a dead process of this machine (or one whose number was given to another process),
+    after `LAPSE_SECONDS` without a renewal from any other. Else the constructor raises LeaseHeld.
+    """
+
+    def __init__(
+        self, folder: Path, renew_seconds: float = RENEW_SECONDS, lapse_seconds: float = LAPSE_SECONDS
+    ) -> None:
+        self.path = folder / "lease.json"
+        self._lapse_seconds = lapse_seconds
+        pid = os.getpid()
+        self._holder = Holder(
+            socket.gethostname(), _machine(), pid, _process_start(pid), secrets.token_hex(8), time.time()
+        )
+        with self.locked():
+            self._refuse_if_held()
+            atomic_write_json(self.path, asdict(self._holder))
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._renew_forever, args=(renew_seconds,), daemon=True, name="lease")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise LeaseLost unless the lease on disk is still this one."""
+        holder = read_holder(self.path)
+        if holder is None or holder.token != self._holder.token:
+            taken = "is gone" if holder is None else f"was taken over by process {holder.pid} on {holder.host}"
+            raise LeaseLost(
+                f"{self.path}: expected this driver's lease, but it {taken}; this driver stops writing. "
+                "Stop it, and resume the run once no other driver is at work"
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder's short lock, so that checking the lease and acting on it is one step."""
+        descriptor = os.open(self.path.with_name("lease.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # A file system without locks leaves the lease itself and the ledger's refusal to overwrite an event.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Give the lease back; does nothing when it is already another's or was given back before."""
+        self._closing.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        if os.getpid() != self._holder.pid:  # a forked child must not give its parent's lease away
+            return
+        with self.locked():
+            holder = read_holder(self.path)
+            if holder is not None and holder.token == self._holder.token:
+                self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _refuse_if_held(self) -> None:
+        holder = read_holder(self.path)
+        if holder is None:
+            return
+        age = max(0.0, time.time() - holder.heartbeat)
+        if age > self._lapse_seconds or _is_dead(holder):
+            logger.info(
+                "taking over the lease of process %d on %s, last renewed %.0f s ago", holder.pid, holder.host, age
+            )
+            return
+        raise LeaseHeld(
+            f"{self.path.parent}: expected no other driver, found process {holder.pid} on {holder.host}, which renewed "
+            f"its lease {age:.0f} s ago; stop that process, or if it is dead retry in "
+            f"{self._lapse_seconds - age:.0f} s, when its lease lapses"
+        )
+
+    def _renew_forever(self, seconds: float) -> None:
+        warned = False
+        while not self._closing.wait(seconds):
+            try:
+                with self.locked():
+                    self.check()
+                    atomic_write_json(self.path, asdict(replace(self._holder, heartbeat=time.time())))
+                warned = False
+            except LeaseLost as error:
+                logger.error("%s", error)
+                return
+            except OSError as error:  # a full disk must not end the renewals: it may be cleared
+                if not warned:
+                    logger.warning("could not renew the lease: %s", error)
+                warned = True
+
+
+def read_holder(path: Path) -> Holder | None:
+    """The holder named in a lease file; None when there is no file or it cannot be read as one."""
+    try:
+        data = json.loads(path.read_text())
+        return Holder(
+            str(data["host"]),
+            str(data["machine"]),
+            int(data["pid"]),
+            data["start"],
+            str(data["token"]),
+            float(data["heartbeat"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s) and counts as no lease", path, error)
+        return None
+
+
+def _machine() -> str:
+    """What makes process numbers comparable: this boot of this machine and this process name space."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _process_stat(pid: int) -> list[str] | None:
+    """Fields of /proc/PID/stat from the third (state) on; None where there is no such file."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _process_start(pid: int) -> int | None:
+    stat = _process_stat(pid)
+    return None if stat is None else int(stat[19])
+
+
+def _is_dead(holder: Holder) -> bool:
+    """True only when it is certain: same machine, and the process is gone, a zombie, or another one."""
+    if holder.machine != _machine():
+        return False
+    stat = _process_stat(holder.pid)
+    if stat is not None:
+        return stat[0] in "ZX" or (holder.start is not None and int(stat[19]) != holder.start)
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return Path("/proc/self/stat").exists()  # the process ended between the two looks

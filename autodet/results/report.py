@@ -1,0 +1,226 @@
+"""One self-contained page about a run: what was run, found, how good it is, what failed, and how to repeat it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from autodet.atomic import atomic_write_bytes
+from autodet.lease import LAPSE_SECONDS, read_holder
+from autodet.ledger import Ledger
+from autodet.records import Record, records_from
+from autodet.results import page, plots
+from autodet.results.frame import found_arm, frame_of, leaderboard, paired_differences
+from autodet.results.page import Number
+from autodet.results.wording import equations, sentences
+
+BASELINES = ("inherit-only", "undistilled")  # what a comparison is measured against, the first that is there
+CAPTIONS = {
+    "progress.png": "AP against candidates and against time; a dot is a candidate, stopped ones included.",
+    "operations.png": "Which inputs, transforms and distances go with a better AP: an association, not an effect.",
+    "comparison.png": "Paired differences over the seeds; an interval that crosses zero shows no difference.",
+}
+BEST_ROWS, FAILURE_ROWS = 15, 20
+
+
+def write_report(run_dir: Path | str, output: Path | str | None = None, baseline: str | None = None) -> Path:
+    """Write report.html and pictures/ of a run, also a running one, to `output` or the run folder; return the page.
+
+    baseline: the arm that a comparison's arms are compared with; default: the first of `BASELINES` that it has.
+    Pictures that others put into the run's pictures/ are shown too. Raises LedgerError when it is no run.
+    """
+    run_dir = Path(run_dir)
+    target = run_dir if output is None else Path(output)
+    ledger = Ledger.open(run_dir)
+    records = records_from(ledger.events())
+    frame = frame_of(records)
+    compared = comparison(frame, baseline)
+    (target / "pictures").mkdir(parents=True, exist_ok=True)
+    for name, figure in figures(frame, compared).items():
+        atomic_write_bytes(target / "pictures" / name, plots.to_png(figure))
+    sections = [
+        f"<h1>{page.escape(_title(ledger))}</h1>",
+        page.paragraph(state(run_dir, frame), quiet=True),
+        _found(frame),
+        _comparison(compared),
+        _best(frame),
+        _controls(frame),
+        _pictures(run_dir, target),
+        _failures(frame, records),
+        _settings(ledger),
+        _repeat(ledger, run_dir),
+    ]
+    path = target / "report.html"
+    atomic_write_bytes(path, page.page(_title(ledger), sections).encode())
+    return path
+
+
+def state(run_dir: Path, frame: pd.DataFrame) -> str:
+    """How far a run is, in one line: candidates by status, best AP, and whether a driver is at work."""
+    counts = frame["status"].value_counts()
+    words = [f"{len(frame)} candidates"] + [f"{count} {status}" for status, count in counts.items()]
+    if not frame.empty:
+        words.append(f"{frame['seconds'].sum() / 60:.1f} minutes of training")
+    holder = read_holder(run_dir / "lease.json")
+    if holder is None:
+        words.append("no driver at work")
+    elif (age := time.time() - holder.heartbeat) <= LAPSE_SECONDS:
+        words.append(f"driver at work: process {holder.pid} on {holder.host}")
+    else:
+        words.append(f"driver lost: process {holder.pid} on {holder.host}, last seen {age / 60:.0f} minutes ago")
+    return ", ".join(words)
+
+
+def figures(frame: pd.DataFrame, compared: tuple[pd.DataFrame, str] | None) -> dict[str, Figure]:
+    """The pictures that a run's data allow, by file name."""
+    if compared is not None:
+        return {"comparison.png": plots.draw_comparison(*compared)}
+    drawn = {}
+    progress = plots.best_so_far(frame)
+    if progress["ap"].notna().any():
+        drawn["progress.png"] = plots.draw_best_so_far(progress)
+    wins = plots.operation_wins(frame)
+    if not wins.empty:
+        drawn["operations.png"] = plots.draw_operation_wins(wins)
+    return drawn
+
+
+def comparison(frame: pd.DataFrame, baseline: str | None) -> tuple[pd.DataFrame, str] | None:
+    """Paired differences and the baseline they are to; None for a run that compares nothing (phase `compare`)."""
+    rows = frame[(frame["phase"] == "compare") & (frame["status"] == "completed")]
+    if rows.empty:
+        return None
+    arms = rows["group"].drop_duplicates().tolist()
+    chosen = baseline or next((name for name in BASELINES if name in arms), str(arms[0]))
+    return paired_differences(frame, chosen), chosen
+
+
+def _title(ledger: Ledger) -> str:
+    script = str(ledger.config.get("script", "run")).replace("_", " ")
+    return f"{script}: {ledger.run_dir.resolve().name}"
+
+
+def _found(frame: pd.DataFrame) -> str:
+    arm = found_arm(frame)
+    if arm is None:
+        return ""
+    runs = f"mean of {arm['runs']} runs" if arm["runs"] > 1 else "a single run, so partly luck"
+    start = "start from the teacher's" if arm["inherit"] else "are its own"
+    summary = f"AP {_ap(arm['ap'])} ({runs}); the student's neck and head {start}."
+    formula = str(arm["formula"])
+    heading = "The formula that was found"
+    words = page.bullets(sentences(formula))
+    return page.section(
+        heading,
+        page.preformatted(formula),
+        words,
+        page.preformatted("\n".join(equations(formula))),
+        page.paragraph(summary),
+    )
+
+
+def _comparison(compared: tuple[pd.DataFrame, str] | None) -> str:
+    if compared is None:
+        return ""
+    data, baseline = compared
+    rows = [
+        (row.arm, row.runs, _ap(row.mean), row.pairs, _signed(row.difference), _range(row.low, row.high))
+        for row in data.itertuples()
+    ]
+    note = f"AP ×100. Differences are to {baseline}, paired by seed, with the 95 % t-interval of their mean."
+    columns = ("arm", "runs", "mean AP", "pairs", "difference", "95 % interval")
+    return page.section("Comparison", page.paragraph(note), page.table(columns, rows))
+
+
+def _best(frame: pd.DataFrame) -> str:
+    board = leaderboard(frame[frame["origin"] != "control"], BEST_ROWS)
+    rows = [
+        (_ap(row.ap), row.runs, _range(row.low, row.high), row.phase, row.first, _yes(row.inherit), row.formula)
+        for row in board.itertuples()
+    ]
+    note = "AP ×100, mean over runs with 95 % interval. A formula with one run owes part of its place to luck."
+    columns = ("AP", "runs", "95 % interval", "phase", "candidate", "inherited", "formula")
+    return page.section(
+        "Best candidates", page.paragraph(note, quiet=True), page.table(columns, rows, code=["formula"])
+    )
+
+
+def _controls(frame: pd.DataFrame) -> str:
+    board = leaderboard(frame[frame["origin"] == "control"])
+    rows = [
+        (row.formula, _yes(row.inherit), _ap(row.ap), row.runs, _range(row.low, row.high)) for row in board.itertuples()
+    ]
+    note = "The same training without a searched formula. What is found has to beat these."
+    columns = ("formula", "inherited", "AP", "runs", "95 % interval")
+    return page.section("Controls", page.paragraph(note, quiet=True), page.table(columns, rows, code=["formula"]))
+
+
+def _pictures(run_dir: Path, target: Path) -> str:
+    """This run's own pictures first, then what others put into its folder."""
+    paths = {path.name: path for folder in (run_dir, target) for path in sorted((folder / "pictures").glob("*.png"))}
+    names = [name for name in CAPTIONS if name in paths] + [name for name in paths if name not in CAPTIONS]
+    captions = {name: CAPTIONS.get(name, Path(name).stem.replace("_", " ").replace("-", " ")) for name in names}
+    return page.section("Pictures", *(page.picture(paths[name].read_bytes(), captions[name]) for name in names))
+
+
+def _failures(frame: pd.DataFrame, records: list[Record]) -> str:
+    failed = frame[frame["status"] == "failed"]
+    rows = [(row.id, row.phase, row.cause, row.formula) for row in failed.head(FAILURE_ROWS).itertuples()]
+    parts = [page.table(("candidate", "phase", "cause", "formula"), rows, code=["formula"])]
+    if len(failed) > FAILURE_ROWS:
+        parts.append(page.paragraph(f"… and {len(failed) - FAILURE_ROWS} more; summary.csv has all.", quiet=True))
+    reasons = Counter(reason for record in records for _, reason in record.rejected)
+    if reasons:
+        parts.append(page.paragraph("Proposals that the probe turned down before any training:"))
+        parts.append(
+            page.table(("proposals", "reason"), [(count, why) for why, count in reasons.most_common(FAILURE_ROWS)])
+        )
+    return page.section("Failures", *parts)
+
+
+def _settings(ledger: Ledger) -> str:
+    created = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ledger.about["created"]))
+    parts = [
+        page.paragraph(f"Started {created}."),
+        page.preformatted(json.dumps(ledger.config, indent=2, ensure_ascii=False)),
+    ]
+    for extension in ledger.about["history"]:
+        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(extension["time"]))
+        changes = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in extension["changes"].items())
+        parts.append(page.paragraph(f"Changed on resuming, {when}: {changes}"))
+    return page.section("Settings", *parts)
+
+
+def _repeat(ledger: Ledger, run_dir: Path) -> str:
+    script = ledger.config.get("script")
+    command = ledger.about["about"].get("command")
+    lines = [str(command)] if command else []
+    if script:
+        lines += [f"python experiments/{script}.py --resume {shlex.quote(str(run_dir))}   # continue this run"]
+    lines += [f"python experiments/analyze.py {shlex.quote(str(run_dir))}   # write this page again"]
+    about = {key: value for key, value in ledger.about["about"].items() if key != "command"}
+    facts = json.dumps(about, indent=2, ensure_ascii=False) if about else ""
+    return page.section("How to repeat", page.preformatted("\n".join(lines)), page.preformatted(facts) if facts else "")
+
+
+def _ap(value: Any) -> Number:
+    return Number("" if pd.isna(value) else f"{value * 100:.1f}")
+
+
+def _signed(value: Any) -> Number:
+    return Number("" if pd.isna(value) else f"{value * 100:+.1f}")
+
+
+def _range(low: Any, high: Any) -> Number:
+    return Number("" if pd.isna(low) else f"{low * 100:.1f} to {high * 100:.1f}")
+
+
+def _yes(value: Any) -> str:
+    return "yes" if value else "no"

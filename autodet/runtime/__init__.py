@@ -1,0 +1,1 @@
+"""Ray's side: the only room that imports ray."""

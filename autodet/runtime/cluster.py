@@ -1,0 +1,49 @@
+"""Joining or starting Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a user's command mean what they say
+    "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "60",  # Tune's snapshots are not what a run resumes from
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+}
+
+
+@contextmanager
+def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[None]:
+    """Ray for the time of the block, unless this process has it already.
+
+    ``auto`` joins the cluster this machine is part of, ``local`` starts one here.
+
+    Ray Client addresses (``ray://``) are refused: they would move the ledger's writer away from its disk.
+    """
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"--address {address}: Ray Client is not supported. Submit the script to the cluster instead: "
+            "ray job submit --address http://HEAD:8265 --working-dir . -- python experiments/… --address auto"
+        )
+    if address not in ("auto", "local"):
+        raise ValueError(f"--address {address!r}: expected 'auto' (inside a cluster) or 'local'.")
+    if ray.is_initialized():  # the caller's own, which stays running
+        yield
+        return
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if address == "auto":
+        ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
+    else:
+        ray.init(num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()

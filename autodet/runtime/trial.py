@@ -1,0 +1,91 @@
+"""What runs inside a trial: one candidate, trained on a workbench that the process keeps between candidates."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from autodet.search.candidate import Candidate
+from autodet.training import Diverged, Epoch, Task, Workbench
+
+METRIC = "ap"
+
+# Reused processes find data, caches, and teacher here; keyed by the task, so another run's task never meets them.
+_workbenches: dict[str, Workbench] = {}
+
+
+def make_trainable(task: Task, folder: Path) -> Callable[[Mapping[str, Any]], None]:
+    """A Tune function trainable for candidates of one task. Any searcher may drive it.
+
+    Its config holds ``candidate`` (Candidate.to_json()) and, from our searches, the candidate's number ``id``, under
+    which its checkpoint lies in ``folder``. Reports ``ap`` (0–1) after each measured epoch, and ``outcome``, the
+    ledger's told payload as JSON, at the end. An error of training is an outcome, not an exception.
+    """
+    text, root = task.to_json(), str(folder)
+
+    def train_candidate(config: Mapping[str, Any]) -> None:
+        task = Task.from_json(text)
+        torch.set_num_threads(task.threads)
+        torch.set_flush_denormal(True)
+        name = f"{int(config['id']):06d}" if "id" in config else tune.get_context().get_trial_id()
+        candidate = Candidate.from_json(config["candidate"])
+        outcome = run_candidate(_workbench(text, task), candidate, Path(root) / name, tune.report)
+        tune.report({"id": config.get("id"), METRIC: outcome["ap"] or 0.0, "outcome": json.dumps(outcome)})
+
+    return train_candidate
+
+
+def run_candidate(
+    bench: Workbench, candidate: Candidate, folder: Path, report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Train and measure one candidate; the told payload. Without Ray when ``report`` is any function."""
+    started, last_ap = time.perf_counter(), [0.0]
+
+    def on_epoch(epoch: Epoch, ap: float | None) -> None:
+        last_ap[0] = last_ap[0] if ap is None else ap
+        if epoch.number < bench.task.settings.epochs:
+            seconds = time.perf_counter() - started
+            losses = {name: round(loss, 5) for name, loss in epoch.losses.items()}
+            # Tune wants the metric in every report; ``measured`` says whether it is one.
+            report(
+                {
+                    "epoch": epoch.number,
+                    METRIC: last_ap[0],
+                    "measured": ap is not None,
+                    "seconds": round(seconds, 3),
+                    "losses": json.dumps(losses),
+                    "pid": os.getpid(),
+                }
+            )
+
+    shared = {"seed": bench.task.seed + candidate.replicate}
+    try:
+        result = bench.run(candidate.formula, candidate.inherit, candidate.replicate, folder, on_epoch)
+    except (Diverged, ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        seconds = time.perf_counter() - started
+        cause = f"{type(error).__name__}: {error}"
+        return shared | {"status": "failed", "ap": None, "epochs": 0, "seconds": seconds, "cause": cause}
+    return shared | {
+        "status": "completed",
+        "ap": result.metrics.ap,
+        "metrics": result.metrics.to_json(),
+        "epochs": result.epochs,
+        "seconds": round(result.seconds, 3),
+        "cause": None,
+        "weights": result.weights,
+        "extra": result.notes,
+    }
+
+
+def _workbench(text: str, task: Task) -> Workbench:
+    if text not in _workbenches:
+        _workbenches.clear()  # one at a time: a reused process would otherwise hold every teacher it ever had
+        _workbenches[text] = Workbench(task)
+    return _workbenches[text]

@@ -1,0 +1,101 @@
+"""A search whose every step is in the ledger before it takes effect, so that it can stop at any moment and go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from autodet.ledger import Ledger
+from autodet.search.candidate import FINISHED, WAIT, Ask, Search, Signal, Status
+
+OnTold = Callable[[Ask, Mapping[str, Any]], None]  # called with each candidate and its told event's payload
+
+
+class Session:
+    """Joins a search and the ledger of its run. The one writer of the ledger's events; knows nothing of Ray.
+
+    Opening it replays what the ledger holds into the fresh search. Candidates that were asked but not told when the
+    run was interrupted are handed out again, with their numbers, before anything new is asked for.
+    """
+
+    def __init__(self, ledger: Ledger, search: Search, on_told: OnTold | None = None) -> None:
+        self._ledger, self._search, self._on_told = ledger, search, on_told
+        self.finished = False
+        self._verdicts: dict[tuple[int, int], bool] = {}
+        self._last_ap: dict[int, float] = {}
+        self._stopped: set[int] = set()
+        open_asks: dict[int, Ask] = {}
+        for event in ledger.events():
+            if event.kind == "asked":
+                open_asks[event.id] = Ask.from_payload(event.id, event.payload)
+                search.replay(open_asks[event.id])
+            elif event.kind == "reported":
+                self._replay_report(event.id, event.payload)
+            else:
+                del open_asks[event.id]
+                search.tell(event.id, event.payload.get("ap"), event.payload["status"])
+        self._interrupted = list(open_asks.values())
+        self.running: dict[int, Ask] = {}
+        self.told = sum(event.kind == "told" for event in ledger.events())
+
+    def next(self) -> Ask | Literal[Signal.WAIT, Signal.FINISHED]:
+        """A candidate to train, recorded as asked; WAIT while a decision needs results; FINISHED when all is done."""
+        if self._interrupted:
+            ask = self._interrupted.pop(0)
+            self.running[ask.id] = ask
+            return ask
+        answer = self._search.ask()
+        self.finished = answer is FINISHED
+        if answer is WAIT or answer is FINISHED:
+            return answer
+        assert isinstance(answer, Ask)
+        self._ledger.append("asked", answer.id, answer.to_payload())
+        self.running[answer.id] = answer
+        return answer
+
+    def report(self, id: int, epoch: int, ap: float | None, payload: Mapping[str, Any]) -> bool:
+        """Record an epoch's report; True where the candidate is to be stopped. A repeated report changes nothing."""
+        if (id, epoch) in self._verdicts:
+            return self._verdicts[id, epoch]
+        stop = ap is not None and self._search.report(id, epoch, ap)
+        verdict = "stop" if stop else "continue"
+        self._ledger.append("reported", id, {**payload, "epoch": epoch, "ap": ap, "verdict": verdict})
+        self._note(id, epoch, ap, stop)
+        return stop
+
+    def tell(self, id: int, payload: Mapping[str, Any] | None, cause: str = "") -> None:
+        """Record the end of a candidate. payload: of the told event; None where its worker was lost or stopped."""
+        if id not in self.running:
+            return  # Tune may announce one end twice
+        told = dict(payload) if payload is not None else self._unfinished(id, cause)
+        ap: float | None = told.get("ap")
+        if ap is not None and not math.isfinite(ap):
+            told |= {"status": "failed", "ap": None, "cause": f"its AP is {ap}"}
+        status: Status = told["status"]
+        self._ledger.append("told", id, told)
+        self._search.tell(id, told["ap"], status)
+        self.told += 1
+        ask = self.running.pop(id)
+        if self._on_told is not None:
+            self._on_told(ask, told)
+
+    def _unfinished(self, id: int, cause: str) -> dict[str, Any]:
+        epochs = max((epoch for other, epoch in self._verdicts if other == id), default=0)
+        if id in self._stopped:
+            behind = "clearly behind the others at this epoch"
+            return {"status": "stopped", "ap": self._last_ap[id], "epochs": epochs, "cause": behind}
+        return {"status": "failed", "ap": None, "epochs": epochs, "cause": cause or "its worker was lost"}
+
+    def _replay_report(self, id: int, payload: Mapping[str, Any]) -> None:
+        ap = payload.get("ap")
+        if ap is not None:
+            self._search.report(id, int(payload["epoch"]), ap)
+        self._note(id, int(payload["epoch"]), ap, payload["verdict"] == "stop")
+
+    def _note(self, id: int, epoch: int, ap: float | None, stop: bool) -> None:
+        self._verdicts[id, epoch] = stop
+        if ap is not None:
+            self._last_ap[id] = ap
+        if stop:
+            self._stopped.add(id)

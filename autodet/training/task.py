@@ -1,0 +1,244 @@
+"""One training of one student, with or without a teacher: what a search evaluates and a comparison compares."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from autodet.data import Batch, BatchPlan, CocoDataset, ImageCache, Loader, read_dataset
+from autodet.detectors import Dense, Detector, DetectorOutput, DetectorSpec, Features, Inputs, build, load_detector
+from autodet.detectors.build import detect, save_detector
+from autodet.detectors.faster_rcnn import FasterRCNNSteps
+from autodet.detectors.weights import weights_hash
+from autodet.distill.distiller import Distiller
+from autodet.distill.formula import INPUTS, Formula
+from autodet.distill.inherit import inherit_neck_and_head
+from autodet.distill.inputs import resized_boxes
+from autodet.distill.probe import Probe
+from autodet.distill.teacher import Teacher
+from autodet.evaluation import evaluate
+from autodet.records import Metrics
+from autodet.training.loop import Epoch, Trainer
+from autodet.training.settings import TrainSettings
+
+SUBSET_SEED = 0  # the proxy's images and batches are the same for every candidate and replicate
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to train and judge students. Paths must be readable on every machine of the run.
+
+    teacher: a detector file, or None. fraction: of the training images. split: on which AP is measured, after the
+    last epoch and those in ``checks``. fixed_batches: batches recur (see BatchPlan), so that the teacher's outputs are
+    kept on disk; arms without a teacher see the same batches. normalise: weigh terms against their own scale (see
+    Distiller). weights: where students are kept, None to drop them.
+    """
+
+    data: str
+    cache: str
+    student: DetectorSpec
+    settings: TrainSettings
+    teacher: str | None = None
+    fraction: float = 1.0
+    split: Literal["val", "test"] = "val"
+    checks: tuple[int, ...] = ()
+    fixed_batches: bool = True
+    normalise: bool = True
+    weights: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps(values | {"student": self.student.to_json(), "settings": asdict(self.settings)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """The inverse of ``to_json``."""
+        values: dict[str, Any] = json.loads(text)
+        values["student"] = DetectorSpec.from_json(values["student"])
+        values["settings"] = TrainSettings(**values["settings"])
+        values["checks"] = tuple(values["checks"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training. seconds: training and evaluation; notes: scales, what was inherited, speed, time by part."""
+
+    metrics: Metrics
+    epochs: int
+    seconds: float
+    weights: str | None
+    notes: dict[str, Any]
+
+
+OnEpoch = Callable[[Epoch, float | None], None]  # called after each epoch with the AP where it was measured
+
+
+class Workbench:
+    """A task's data and teacher, loaded once a process and used for many students."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        required = ("train", "val") if task.split == "val" else ("train", "val", task.split)
+        splits = read_dataset(Path(task.data), required=required)
+        self.train_set = splits["train"].subset(task.fraction, SUBSET_SEED)
+        self.eval_set = splits[task.split]
+        self.train_loader = self._loader(splits["train"], self.train_set)
+        self.eval_loader = self._loader(self.eval_set, self.eval_set)
+        self.teacher: Teacher | None = None
+        if task.teacher is not None:
+            detector, _ = load_detector(Path(task.teacher))
+            check_same_labels(detector.spec, task.student, task.teacher)
+            folder = Path(task.cache) / "teacher" if task.fixed_batches else None
+            content = f"{self.train_loader.cache.path.name} {self.train_set.annotations_hash}"
+            self.teacher = Teacher(detector.to(task.device), tuple(INPUTS), folder, content)
+
+    def student(self, seed: int, inherit: bool) -> tuple[FasterRCNNSteps, str | None]:
+        """A fresh student from a seed, and what it inherited, if it should."""
+        torch.manual_seed(seed)
+        student = build(self.task.student)
+        if not inherit:
+            return student, None
+        if self.teacher is None:
+            raise ValueError("Inheriting the neck and head needs a teacher; the task names none.")
+        return student, str(inherit_neck_and_head(student, self.teacher.detector))
+
+    def run(
+        self,
+        formula: Formula,
+        inherit: bool,
+        replicate: int,
+        folder: Path | None = None,
+        on_epoch: OnEpoch | None = None,
+    ) -> Outcome:
+        """Train one student and measure it; resumes from ``folder/checkpoint.pt`` where there is one.
+
+        The training's seed is the task's plus the replicate, whatever the formula: equal replicates are paired.
+        """
+        task, started = self.task, time.perf_counter()
+        seed = task.seed + replicate
+        student, inherited = self.student(seed, inherit)
+        extra = self._distillation(formula, student)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / "checkpoint.pt" if folder is not None else None
+        trainer = Trainer(student, self.train_loader, task.settings, seed, extra, checkpoint, task.device)
+        measured = FasterRCNNSteps(trainer.model, student.spec)
+        metrics, speed = None, [0.0]
+        for epoch in trainer.epochs():
+            last = epoch.number == task.settings.epochs
+            metrics = self.measure(measured) if last or epoch.number in task.checks else None
+            speed.append(epoch.images_per_second)
+            if on_epoch is not None:
+                on_epoch(epoch, metrics.ap if metrics else None)
+        metrics = metrics or self.measure(measured)  # a training that was complete before this call
+        notes = {
+            "inherited": inherited,
+            "scales": extra.distiller.scales() if extra else {},
+            "images_per_second": round(max(speed), 2),
+        }
+        weights = self._keep(measured, notes | {"formula": str(formula), "seed": seed, "ap": metrics.ap})
+        return Outcome(metrics, trainer.epoch, time.perf_counter() - started, weights, notes)
+
+    def measure(self, detector: FasterRCNNSteps) -> Metrics:
+        """COCO metrics on the task's split."""
+        device = torch.device(self.task.device)
+
+        def detections(batch: Batch) -> list[dict[str, Tensor]]:
+            return detect(detector, [image.to(device) for image in batch.images])
+
+        return evaluate(
+            detections, self.eval_loader, self.eval_set, detector.spec.categories, self.task.settings.batch_size
+        )
+
+    def probe(self, inherit: bool = True) -> Probe:
+        """Judges formulas on the first batch of the training, with an untrained student."""
+        if self.teacher is None:
+            raise ValueError("A probe needs a teacher; the task names none.")
+        batch = self.train_loader.load(self.train_loader.keys(0)[0])
+        student, _ = self.student(self.task.seed, inherit)
+        student.to(self.task.device).train()
+        taught = self.teacher(batch)
+        with torch.no_grad():
+            inputs = student.preprocess([image.to(self.task.device) for image in batch.images])
+            features = student.features(inputs)
+            output = _answer(student, inputs, features, student.dense(inputs, features), taught)
+        return Probe(student.spec, self.teacher.detector.spec, output, taught, self.task.normalise)
+
+    def _distillation(self, formula: Formula, student: FasterRCNNSteps) -> Distillation | None:
+        if not formula.terms:
+            return None
+        if self.teacher is None:
+            raise ValueError(f"The formula '{formula}' needs a teacher; the task names none.")
+        distiller = Distiller(formula, student.spec, self.teacher.detector.spec, self.task.normalise)
+        return Distillation(distiller, self.teacher, student)
+
+    def _loader(self, split: CocoDataset, used: CocoDataset) -> Loader:
+        spec, settings = self.task.student, self.task.settings
+        cache = ImageCache(split, spec.min_size, spec.max_size, Path(self.task.cache) / "images")
+        plan = BatchPlan(settings.batch_size, SUBSET_SEED, settings.flip, fixed=self.task.fixed_batches)
+        return Loader(cache, used, spec.label_map, plan)
+
+    def _keep(self, detector: FasterRCNNSteps, notes: dict[str, Any]) -> str | None:
+        if self.task.weights is None:
+            return None
+        name = weights_hash(detector.model.state_dict())
+        Path(self.task.weights).mkdir(parents=True, exist_ok=True)
+        save_detector(Path(self.task.weights) / f"{name}.safetensors", detector, notes)
+        return name
+
+
+class Distillation:
+    """The losses that a teacher adds to a student's training step."""
+
+    def __init__(self, distiller: Distiller, teacher: Teacher, student: Detector) -> None:
+        self.distiller = distiller
+        self.module: nn.Module = distiller
+        self._student = student
+        inputs = {term.input for term in distiller.formula.terms}
+        self._teacher = teacher.asked_for(inputs)
+
+    def __call__(self, batch: Batch, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
+        """Named, weighted distillation losses of one step."""
+        taught = self._teacher(batch)
+        return dict(self.distiller(_answer(self._student, inputs, features, dense, taught), taught))
+
+
+def _answer(
+    student: Detector, inputs: Inputs, features: Features, dense: Dense, taught: DetectorOutput
+) -> DetectorOutput:
+    """The student's side of the comparison: asked about the teacher's proposals where the teacher was."""
+    if taught.regions is None:
+        return DetectorOutput(features, dense.objectness)
+    proposals = resized_boxes(taught.regions.proposals, inputs.sizes, inputs.images.image_sizes)
+    return DetectorOutput(features, dense.objectness, student.regions(inputs, features, proposals))
+
+
+def check_same_labels(teacher: DetectorSpec, student: DetectorSpec, path: str) -> None:
+    """Refuse a teacher whose classes are not the data's."""
+    if teacher.labels != student.labels:
+        theirs, ours = dict(teacher.labels), dict(student.labels)
+        raise ValueError(
+            f"{path} knows the classes {theirs}, but the data has {ours}. Train a teacher on this data "
+            "(train_detector.py) or give one with the same category ids and names."
+        )
+
+
+def train_plain(task: Task, folder: Path, on_epoch: OnEpoch | None = None) -> Path:
+    """Train the task's detector without a teacher and return its file; resumes from ``folder``."""
+    if task.weights is None:
+        raise ValueError("A plain training keeps its detector: give the task a folder for weights.")
+    torch.set_num_threads(task.threads)
+    outcome = Workbench(task).run(Formula(()), inherit=False, replicate=0, folder=folder, on_epoch=on_epoch)
+    return Path(task.weights) / f"{outcome.weights}.safetensors"

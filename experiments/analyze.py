@@ -1,0 +1,101 @@
+"""What happened in a run?
+
+command:   python experiments/analyze.py RUN [RUN ...] [--output DIR] [--csv PATH]
+hardware:  any; reads files only, so also runs that another machine is still writing
+time:      seconds
+expected:  status and best candidates on the screen; summary.csv, records.jsonl, pictures/ and report.html in the run
+
+RUN is a run's folder or a folder of runs. Nothing that the run itself wrote is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from autodet.atomic import atomic_write_bytes
+from autodet.ledger import Ledger, LedgerError
+from autodet.results.frame import find_runs, frame_of, leaderboard, rank_agreement, read_run
+from autodet.results.plots import draw_rank_agreement, to_png
+from autodet.results.report import comparison, state, write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Analyse every run that is named; 2 on a user's mistake."""
+    options = parse(argv)
+    try:
+        runs = list(dict.fromkeys(run for path in options.runs for run in find_runs(path)))
+        frames = {run: analyze(run, output_of(run, runs, options.output), options) for run in runs}
+        if options.csv is not None:
+            write_csv(frames, options.csv)
+    except (LedgerError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write there and leave the run's folder alone")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="all candidates of all runs as one table")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="rows of the leaderboard (default: 10)")
+    parser.add_argument("--baseline", metavar="ARM", help="arm to compare with (default: inherit-only)")
+    parser.add_argument(
+        "--long", type=Path, metavar="RUN", help="a run of the same formulas at full length: draws the ranks' agreement"
+    )
+    return parser.parse_args(argv)
+
+
+def analyze(run: Path, output: Path, options: argparse.Namespace) -> pd.DataFrame:
+    """Print one run and write its views, pictures and report to `output`; return its frame."""
+    output.mkdir(parents=True, exist_ok=True)
+    frame = frame_of(Ledger.open(run).write_views(output))
+    print(f"\n{run}\n{state(run, frame)}")
+    if not frame.empty:
+        print(frame.groupby(["phase", "status"], sort=False).size().unstack(fill_value=0).to_string())
+        print_tables(frame, options)
+    if options.long is not None:
+        pairs = rank_agreement(frame, read_run(options.long))
+        (output / "pictures").mkdir(exist_ok=True)
+        atomic_write_bytes(output / "pictures" / "rank_agreement.png", to_png(draw_rank_agreement(pairs)))
+    print(f"report: {write_report(run, output, options.baseline)}")
+    return frame
+
+
+def print_tables(frame: pd.DataFrame, options: argparse.Namespace) -> None:
+    """The leaderboard, and the paired differences of a comparison."""
+    with pd.option_context("display.max_colwidth", 100, "display.width", 200):
+        board = leaderboard(frame, options.top)[["ap", "runs", "phase", "inherit", "formula"]]
+        print(f"\n{board.round(4).to_string(index=False)}" if len(board) else "\nnothing has completed yet")
+        compared = comparison(frame, options.baseline)
+        if compared is not None:
+            print(f"\ncompared with {compared[1]}:\n{compared[0].round(4).to_string(index=False)}")
+
+
+def output_of(run: Path, runs: list[Path], output: Path | None) -> Path:
+    """Where a run's files go: its own folder, or `output`, with a folder a run where there are several."""
+    if output is None:
+        return run
+    if len(runs) == 1:
+        return output
+    names = [other.name for other in runs]
+    resolved = run.resolve()
+    return output / (run.name if names.count(run.name) == 1 else f"{resolved.parent.name}-{resolved.name}")
+
+
+def write_csv(frames: dict[Path, pd.DataFrame], path: Path) -> None:
+    """All frames as one table, with the run as first column."""
+    tables = [frame.assign(run=str(run)) for run, frame in frames.items()]
+    table = pd.concat(tables, ignore_index=True)
+    columns = ["run", *(name for name in table.columns if name != "run")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, table[columns].to_csv(index=False).encode())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

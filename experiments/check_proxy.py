@@ -1,0 +1,94 @@
+"""Does the search's cheap proxy rank formulas as a longer training does?
+
+command:   python experiments/check_proxy.py --run RUN [--formulas 10] [--seeds 2]
+hardware:  as the search that RUN holds
+time:      with preset cpu about 15 minutes
+expected:  a table and a picture: mean AP by proxy and by the full schedule, Spearman's rank correlation
+
+Formulas are taken evenly from the run's ranking, best to worst, among those that completed. Go on with --resume FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common import (
+    INTERRUPTED,
+    common_options,
+    full_task,
+    main_of,
+    new_folder,
+    read_search,
+    recorded_options,
+    run_list,
+    start_or_resume,
+    with_recorded,
+)
+
+from autodet.atomic import atomic_write_bytes
+from autodet.distill import Formula
+from autodet.results.frame import leaderboard, rank_agreement, read_run
+from autodet.results.intervals import spearman
+from autodet.results.plots import draw_rank_agreement, to_png
+from autodet.results.report import write_report
+from autodet.runtime.cluster import ray_running
+from autodet.search import Candidate
+
+RECORDED = ("run", "formulas", "seeds", "seed")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train the chosen formulas on the full schedule, and compare the two rankings."""
+    options = parse(argv)
+    folder = options.resume or new_folder(options.output, "check-proxy")
+    source = read_search(options.run)
+    proxy = read_run(options.run)
+    chosen = spread(proxy, options.formulas)
+    config = {"script": "check_proxy", "options": recorded_options(options, RECORDED), "formulas": chosen}
+    task = full_task(source, seed=options.seed)
+    workers = options.workers or source.preset.workers
+    candidates = [
+        (Candidate(Formula.parse(text), True, seed), "long") for seed in range(options.seeds) for text in chosen
+    ]
+    with start_or_resume(folder, config), ray_running(options.address, cpus=workers * source.preset.threads):
+        records = run_list(candidates, task, folder / "long", workers, "long")
+    if records is None:
+        print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+        return INTERRUPTED
+    table = rank_agreement(proxy, read_run(folder / "long"))
+    (folder / "long" / "pictures").mkdir(exist_ok=True)
+    atomic_write_bytes(folder / "long" / "pictures" / "rank_agreement.png", to_png(draw_rank_agreement(table)))
+    print(table.to_string(index=False))
+    print(f"Spearman's rank correlation: {spearman(table['proxy'].tolist(), table['long'].tolist()):.3f}")
+    print(f"Report: {write_report(folder / 'long')}")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; those of a resumed check are the recorded ones."""
+    parser = common_options(__doc__ or "")
+    parser.add_argument("--run", type=Path, help="a finished run of search_distiller.py")
+    parser.add_argument("--formulas", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--seeds", type=int, default=2, help="full trainings of each (default: 2)")
+    options = parser.parse_args(argv)
+    if options.resume:
+        options = with_recorded(options, RECORDED)
+    if options.run is None:
+        parser.error("--run RUN is needed: a finished run of search_distiller.py")
+    return options
+
+
+def spread(proxy: object, count: int) -> list[str]:
+    """Formulas at even distances of the run's ranking, the first and the last included."""
+    ranked = leaderboard(proxy)  # type: ignore[arg-type]
+    texts = ranked[(ranked["formula"] != "none") & ranked["inherit"]]["formula"].tolist()
+    if len(texts) < 2 or count < 2:
+        raise ValueError(f"Expected at least two formulas to compare, found {len(texts)} completed in the run.")
+    places = [round(i * (len(texts) - 1) / (count - 1)) for i in range(count)]
+    return [str(texts[place]) for place in dict.fromkeys(places)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_of(main))

@@ -1,0 +1,229 @@
+"""What the scripts share: common options, data that is given or generated, runs that start or go on, clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from presets import PRESETS, Preset
+
+import autodet
+from autodet.atomic import atomic_write_json
+from autodet.data import read_dataset, write_shapes
+from autodet.detectors import load_detector
+from autodet.distill import Formula
+from autodet.lease import LeaseHeld, LeaseLost
+from autodet.ledger import Ledger, LedgerError
+from autodet.records import Record
+from autodet.runtime.tune_search import run_session
+from autodet.search import Ask, Best, Candidate, FixedList, Session
+from autodet.training import Task, check_same_labels, train_plain
+
+USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost)
+INTERRUPTED = 130
+
+
+def common_options(description: str, runs_ray: bool = True) -> argparse.ArgumentParser:
+    """The options that every script which trains has."""
+    title = description.strip().splitlines()[0]
+    parser = argparse.ArgumentParser(description=title)
+    add = parser.add_argument
+    add("--data", type=Path, help="COCO-format folder (default: generated shapes)")
+    add("--output", type=Path, help="the run's folder (default: runs/<script>-<time>)")
+    add("--preset", choices=("smoke", "demo", "cpu", "gpu"), default="demo", help="scale of the run (default: demo)")
+    add(
+        "--cache",
+        type=Path,
+        default=Path("runs/cache"),
+        help="decoded images and teacher outputs (default: runs/cache)",
+    )
+    add("--seed", type=int, default=0, help="decides every random choice (default: 0)")
+    add("--resume", type=Path, metavar="RUN", help="continue a run with its own settings")
+    if runs_ray:
+        add("--address", default="local", help="'auto' inside a Ray cluster; 'local' (default) starts Ray here")
+        add("--workers", type=int, help="trainings at a time (default: the preset's)")
+    return parser
+
+
+def new_folder(output: Path | None, script: str) -> Path:
+    """The folder of a new run; ValueError where it holds one already."""
+    folder = output or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.json").exists():
+        raise ValueError(f"--output {folder} holds a run already: continue it with --resume {folder}, or name another.")
+    return folder
+
+
+def with_recorded(options: argparse.Namespace, names: Sequence[str]) -> argparse.Namespace:
+    """The options with the values that a resumed run was started with, for all ``names``."""
+    recorded = Ledger.open(options.resume).config["options"]
+    values = {name: recorded[name] for name in names}
+    for name in ("data", "cache", "teacher"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    return argparse.Namespace(**(vars(options) | values))
+
+
+def recorded_options(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options that decide a run's result, as JSON values; paths absolute, so that a run resumes from anywhere."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def start_or_resume(folder: Path, config: Mapping[str, Any], extendable: Sequence[str] = ()) -> Ledger:
+    """The ledger of a run, opened for writing."""
+    if (folder / "config.json").exists():
+        return Ledger.resume(folder, config, extendable)
+    facts = {"command": sys.argv, "autodet": autodet.__version__, "torch": torch.__version__, "host": platform.node()}
+    return Ledger.create(folder, config, facts)
+
+
+def data_folder(options: argparse.Namespace, preset: Preset) -> Path:
+    """The user's data, or generated shapes of the preset's number and size."""
+    if options.data is not None:
+        return Path(options.data).resolve()
+    train, val, test = preset.shapes
+    size = (preset.student.max_size, preset.student.min_size)
+    name = f"shapes-{train}-{val}-{test}-{size[0]}x{size[1]}"
+    return write_shapes(Path(options.cache).resolve() / name, train, val, test, size=size, seed=0)
+
+
+def checked_labels(data: Path) -> tuple[tuple[int, str], ...]:
+    """Check the whole data set; the detector's labels, which are its categories in order of their ids."""
+    return tuple((category.id, category.name) for category in read_dataset(data)["train"].categories)
+
+
+def given_or_trained_teacher(options: argparse.Namespace, preset: Preset, task: Task, folder: Path) -> Path:
+    """The teacher's file: the user's, checked, or one trained here with the preset's recipe on all cores."""
+    if options.teacher is not None:
+        path = Path(options.teacher).resolve()
+        check_same_labels(load_detector(path)[0].spec, task.student, str(path))
+        return path
+    return train_plain(teacher_task(preset, task, folder), folder / "teacher", say_epoch("teacher"))
+
+
+def teacher_task(preset: Preset, task: Task, folder: Path) -> Task:
+    """The training of the preset's teacher on the whole of a task's data."""
+    return Task(
+        data=task.data,
+        cache=task.cache,
+        student=preset.teacher.with_labels(task.student.labels),
+        settings=preset.teaching,
+        fixed_batches=False,
+        weights=str((folder / "teacher").resolve()),
+        seed=task.seed,
+        device=preset.device,
+        threads=preset.workers * preset.threads,
+    )
+
+
+@dataclass(frozen=True)
+class SearchRun:
+    """What other scripts take from a run of search_distiller.py. found: its formula, where the search has finished."""
+
+    folder: Path
+    preset: Preset
+    task: Task  # the proxy's, with the teacher
+    full_fraction: float
+    evaluations_per_input: int
+    found: Formula
+
+
+def save_search(folder: Path, task: Task, found: Best) -> None:
+    """task.json and found.json, from which ``read_search`` rebuilds."""
+    atomic_write_json(folder / "task.json", json.loads(task.to_json()))
+    atomic_write_json(folder / "found.json", {"formula": str(found.formula), "ap": found.ap, "runs": found.runs})
+
+
+def read_search(folder: Path) -> SearchRun:
+    """A finished run of search_distiller.py; ValueError where it is another's, or has not finished."""
+    config = Ledger.open(folder).config
+    if config.get("script") != "search_distiller":
+        raise ValueError(f"{folder} is a run of {config.get('script')}, expected one of search_distiller.")
+    if not (folder / "found.json").exists():
+        raise ValueError(f"{folder} has not finished. Finish it first: search_distiller.py --resume {folder}")
+    preset = PRESETS[config["options"]["preset"]]
+    fraction = config["options"]["full_fraction"]
+    return SearchRun(
+        folder=folder,
+        preset=preset,
+        task=Task.from_json((folder / "task.json").read_text()),
+        full_fraction=preset.full_fraction if fraction is None else float(fraction),
+        evaluations_per_input=int(config["search"]["budget_per_input"]),
+        found=Formula.parse(json.loads((folder / "found.json").read_text())["formula"]),
+    )
+
+
+def full_task(
+    source: SearchRun, seed: int, split: Literal["val", "test"] = "val", fraction: float | None = None
+) -> Task:
+    """The full schedule of a search's preset, for the same pair on the same data."""
+    fraction = source.full_fraction if fraction is None else fraction
+    return replace(source.task, settings=source.preset.full, fraction=fraction, checks=(), split=split, seed=seed)
+
+
+def run_list(
+    candidates: Sequence[tuple[Candidate, str]], task: Task, folder: Path, workers: int, phase: str
+) -> list[Record] | None:
+    """Train a list of (candidate, arm) as a run of its own inside another's folder; None if interrupted.
+
+    Starts or resumes; Ray must be running. Each training's record is in ``folder``'s ledger.
+    """
+    config = {"script": phase, "task": json.loads(task.to_json()), "arms": {arm: c.to_json() for c, arm in candidates}}
+    with start_or_resume(folder, config) as ledger:
+        session = Session(ledger, FixedList(candidates, phase), say_candidate(len(candidates)))
+        run_session(session, task, folder, workers, gpus_per_trial=float(task.device == "cuda"))
+        return ledger.write_views() if session.finished else None
+
+
+def say_candidate(budget: int) -> Callable[[Ask, Mapping[str, Any]], None]:
+    """One line a finished candidate."""
+
+    def say(ask: Ask, told: Mapping[str, Any]) -> None:
+        ap = "–" if told["ap"] is None else f"{told['ap']:.3f}"
+        cause = f"  ({told['cause']})" if told["status"] == "failed" else ""
+        place = ask.phase if ask.phase == ask.group else f"{ask.phase}/{ask.group}"
+        text = (ask.id + 1, budget, place, told["status"], ap, ask.candidate.formula, cause)
+        logging.info("[%d of ≤%d] %s %s  AP %s  %s%s", *text)
+
+    return say
+
+
+def say_epoch(name: str) -> Callable[[Any, float | None], None]:
+    """A line an epoch."""
+
+    def say(epoch: Any, ap: float | None) -> None:
+        losses = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in epoch.losses.items())
+        measured = "" if ap is None else f"  AP {ap:.3f}"
+        logging.info("%s epoch %d: %s  %.1f images/s%s", name, epoch.number, losses, epoch.images_per_second, measured)
+
+    return say
+
+
+def main_of(script: Callable[[list[str] | None], int]) -> int:
+    """Run a script; a user's mistake ends it with one clear message and code 2, Ctrl-C and SIGTERM with 130."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    torch.set_flush_denormal(True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return script(None)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. What was finished is recorded; go on with --resume.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

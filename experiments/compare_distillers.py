@@ -1,0 +1,156 @@
+"""Is the found formula better than the published ones, at the same schedule and over several seeds?
+
+command:   python experiments/compare_distillers.py --run RUN [--split test] [--seeds 5]
+hardware:  as the search that RUN holds (its preset, data, teacher and student are used)
+time:      with preset cpu about 20 minutes to tune the published formulas' weights, 20 to 30 to compare
+expected:  a table of arms: mean AP, difference to inherit-only with a 95 % interval over paired seeds; report.html
+
+First the weight of each published formula is tuned with the search's own proxy, on the validation split, with as many
+evaluations as the search gave to each of its terms (--tune 0 keeps the published ones). Then every arm is trained on
+the full schedule with the same seeds, and measured on the split asked for. Stop and go on with --resume FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import (
+    INTERRUPTED,
+    SearchRun,
+    common_options,
+    full_task,
+    main_of,
+    new_folder,
+    read_search,
+    recorded_options,
+    run_list,
+    start_or_resume,
+    with_recorded,
+)
+
+from autodet.distill import PUBLISHED, Formula
+from autodet.distill.grammar import WEIGHTS
+from autodet.ledger import Ledger
+from autodet.records import Record
+from autodet.results.frame import paired_differences, read_run
+from autodet.results.report import write_report
+from autodet.runtime.cluster import ray_running
+from autodet.search import EMPTY, Candidate
+
+RECORDED = ("run", "rivals", "formula", "tune", "seeds", "split", "fraction", "seed")
+BASELINE = "inherit-only"
+FOUND = "found"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tune the rivals, compare all arms, report."""
+    options = parse(argv)
+    folder = options.resume or new_folder(options.output, "compare-distillers")
+    source = read_search(options.run)
+    found = Formula.parse(options.formula) if options.formula else source.found
+    config = {"script": "compare_distillers", "options": recorded_options(options, RECORDED), "found": str(found)}
+    workers = options.workers or source.preset.workers
+    with start_or_resume(folder, config), ray_running(options.address, cpus=workers * source.preset.threads):
+        tuned = tune_rivals(options, source, folder / "tune", workers)
+        finished = tuned is not None and compare(options, source, folder / "compare", tuned | {FOUND: found}, workers)
+    if not finished:
+        print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+        return INTERRUPTED
+    print_table(folder / "compare")
+    print(f"Report: {write_report(folder / 'compare')}")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; those of a resumed comparison are the recorded ones."""
+    parser = common_options(__doc__ or "")
+    add = parser.add_argument
+    add("--run", type=Path, help="a finished run of search_distiller.py")
+    add("--formula", help="compare this formula instead of the one that the run found")
+    add("--rivals", nargs="*", default=["detkds", "fitnets", "pkd", "cwd"], choices=sorted(PUBLISHED), help="published")
+    add("--tune", type=int, help="evaluations for each rival's weight (default: as many as the run gave to each input)")
+    add("--seeds", type=int, help="paired seeds (default: the preset's)")
+    add("--split", choices=("val", "test"), default="test", help="where AP is measured (default: test)")
+    add("--fraction", type=float, help="share of the training images (default: the run's full schedule)")
+    options = parser.parse_args(argv)
+    if options.resume:
+        options = with_recorded(options, RECORDED)
+    if options.run is None:
+        parser.error("--run RUN is needed: a finished run of search_distiller.py")
+    return options
+
+
+def tune_rivals(
+    options: argparse.Namespace, source: SearchRun, folder: Path, workers: int
+) -> dict[str, Formula] | None:
+    """Each rival with the weight that is best by the mean over replicates of the proxy. None if interrupted."""
+    evaluations = source.evaluations_per_input if options.tune is None else options.tune
+    replicates = round(evaluations / len(WEIGHTS))
+    plain = {name: unit_weights(PUBLISHED[name].formula, source.task.normalise) for name in options.rivals}
+    if replicates < 1:
+        return plain
+    variants = {name: [scaled(formula, weight) for weight in WEIGHTS] for name, formula in plain.items()}
+    candidates = [
+        (Candidate(formula, True, replicate), name)
+        for replicate in range(replicates)
+        for name, formulas in variants.items()
+        for formula in formulas
+    ]
+    records = run_list(candidates, source.task, folder, workers, "tune")
+    if records is None:
+        return None
+    best = {name: max(formulas, key=lambda f: mean_ap(records, f)) for name, formulas in variants.items()}
+    for name, formula in best.items():
+        print(f"tuned {name}: {formula}  (AP {mean_ap(records, formula):.4f} on val, proxy, {replicates} seeds)")
+    return best
+
+
+def compare(
+    options: argparse.Namespace, source: SearchRun, folder: Path, formulas: Mapping[str, Formula], workers: int
+) -> bool:
+    """Train and measure every arm with every seed; False if interrupted."""
+    task = full_task(source, seed=options.seed, split=options.split, fraction=options.fraction)
+    arms = {"undistilled": (EMPTY, False), BASELINE: (EMPTY, True)} | {n: (f, True) for n, f in formulas.items()}
+    seeds = range(options.seeds or source.preset.seeds)
+    # Seed by seed, so that an interrupted comparison holds complete pairs.
+    candidates = [(Candidate(f, inherit, seed), name) for seed in seeds for name, (f, inherit) in arms.items()]
+    return run_list(candidates, task, folder, workers, "compare") is not None
+
+
+def unit_weights(formula: Formula, normalise: bool) -> Formula:
+    """A published formula where terms are normalised: its own weight belongs to terms as they are."""
+    return Formula(tuple(replace(term, weight=1.0 if normalise else term.weight) for term in formula.terms))
+
+
+def scaled(formula: Formula, factor: float) -> Formula:
+    """All weights times a factor."""
+    return Formula(tuple(replace(term, weight=term.weight * factor) for term in formula.terms))
+
+
+def mean_ap(records: Sequence[Record], formula: Formula) -> float:
+    """Mean AP of a formula's completed runs, 0 without any."""
+    values = [r.ap for r in records if r.formula == str(formula) and r.ap is not None]
+    return fmean(values) if values else 0.0
+
+
+def print_table(folder: Path) -> None:
+    """Arms by their paired difference to inherit-only, in AP points (0–100)."""
+    table = paired_differences(read_run(folder), BASELINE)
+    print(f"\n{'arm':14} {'AP':>6} {'runs':>5}   difference to {BASELINE}, 95 % interval")
+    for row in table.to_dict("records"):
+        values: dict[str, Any] = {str(key): value for key, value in row.items()}
+        difference, low, high = (100 * values[name] for name in ("difference", "low", "high"))
+        text = "" if values["arm"] == BASELINE else f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+        print(f"{values['arm']:14} {100 * values['mean']:6.2f} {values['runs']:5}   {text}")
+    for name, formula in {r.group: r.formula for r in Ledger.open(folder).write_views()}.items():
+        print(f"  {name}: {formula}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_of(main))

@@ -1,0 +1,52 @@
+"""What the detectors of a search see, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from autodet.atomic import atomic_write_bytes
+from autodet.data import Batch, BatchKey
+from autodet.detectors import Detector, detect, load_detector
+from autodet.results.detections import Panel, draw_detections
+from autodet.results.plots import to_png
+from autodet.training import Task, Workbench
+
+IMAGES = 3
+CONFIDENT = 0.5
+
+
+def save_student_pictures(run: Path, task: Task, students: Mapping[str, Path]) -> None:
+    """pictures/detections.png of a run: ground truth, teacher and students on the first images of the split."""
+    bench = Workbench(replace(task, teacher=None))
+    files = {"teacher": Path(str(task.teacher)), **students}
+    detectors = {name: load_detector(path)[0] for name, path in files.items()}
+    batch = bench.eval_loader.load(BatchKey(tuple(range(min(IMAGES, len(bench.eval_set)))), (False,) * IMAGES))
+    rows = [_row(batch, index, detectors) for index in range(len(batch.images))]
+    names = {label: name for label, (_, name) in enumerate(task.student.labels, start=1)}
+    folder = run / "pictures"
+    folder.mkdir(exist_ok=True)
+    atomic_write_bytes(folder / "detections.png", to_png(draw_detections(rows, names)))
+
+
+def _row(batch: Batch, index: int, detectors: Mapping[str, Detector]) -> list[Panel]:
+    image, target = batch.images[index], batch.targets[index]
+    pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    panels = [Panel("ground truth", pixels, target["boxes"].numpy(), target["labels"].numpy())]
+    for name, detector in detectors.items():
+        found = detect(detector, [image])[0]
+        sure = found["scores"] >= CONFIDENT
+        boxes, labels, scores = (_array(found[key][sure]) for key in ("boxes", "labels", "scores"))
+        panels.append(Panel(name, pixels, boxes, labels, scores))
+    return panels
+
+
+def _array(values: Tensor) -> npt.NDArray[Any]:
+    return np.asarray(values.cpu().numpy())

@@ -1,0 +1,184 @@
+"""Which distillation formula suits this teacher and this student?
+
+command:   python experiments/search_distiller.py [--data DIR] [--teacher FILE] [--preset smoke|demo|cpu|gpu]
+hardware:  smoke, demo and cpu: two cores; gpu: one or more GPUs
+time:      smoke about 30 s, demo under 5 minutes, cpu under 60 minutes
+expected:  a folder with the found formula, the distilled student's weights, summary.csv, pictures and report.html
+
+Stop it at any moment (Ctrl-C, SIGTERM, kill -9) and go on with --resume RUN. The method is DetKDS's divide-and-conquer
+evolution (ICML 2024); budgets and recipes are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from common import (
+    INTERRUPTED,
+    checked_labels,
+    common_options,
+    data_folder,
+    given_or_trained_teacher,
+    main_of,
+    new_folder,
+    recorded_options,
+    run_list,
+    save_search,
+    say_candidate,
+    start_or_resume,
+    with_recorded,
+)
+from pictures import save_student_pictures
+from presets import PRESETS, Preset
+
+from autodet.detectors import DetectorSpec, load_detector
+from autodet.distill import PUBLISHED, Formula, comparable_inputs
+from autodet.results.report import write_report
+from autodet.runtime.cluster import ray_running
+from autodet.runtime.tune_search import run_session
+from autodet.search import EMPTY, Best, Candidate, DivideAndConquer, Session
+from autodet.training import Task, Workbench
+
+RECORDED = ("preset", "data", "cache", "teacher", "student", "inherit", "normalise", "seed", "full_fraction")
+EXTENDABLE = ("workers", "search.budget_per_input", "search.weights_budget")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check everything, search, train the students, report."""
+    options = parse(argv)
+    folder = options.resume or new_folder(options.output, "search-distiller")
+    preset = adjusted(PRESETS[options.preset], options)
+    task = proxy_task(preset, options, folder)
+    workers = options.workers or preset.workers
+    config = {
+        "script": "search_distiller",
+        "options": recorded_options(options, RECORDED),
+        "workers": workers,
+        "search": asdict(preset.search),
+        "recipes": {"proxy": asdict(preset.proxy), "full": asdict(preset.full), "teaching": asdict(preset.teaching)},
+        "student": str(task.student),
+    }
+    with start_or_resume(folder, config, EXTENDABLE) as ledger:
+        task = replace(task, teacher=str(given_or_trained_teacher(options, preset, task, folder)))
+        search = make_search(preset, task, options)
+        with ray_running(options.address, cpus=workers * preset.threads):
+            session = Session(ledger, search, say_candidate(search.budget))
+            run_session(session, task, folder, workers, gpus_per_trial=float(preset.device == "cuda"))
+            ledger.write_views()
+            if not session.finished:
+                print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+                return INTERRUPTED
+            found = search.best()
+            if found is None:
+                raise ValueError(f"No candidate completed; the causes are in {folder / 'summary.csv'}.")
+            save_search(folder, task, found)
+            print(f"\nFound: {found.formula}\n  AP {found.ap:.4f} over {found.runs} runs of the proxy")
+            students = train_students(found, task, preset, options.inherit, folder / "students", workers)
+    if students is None:
+        return INTERRUPTED
+    save_student_pictures(folder, task, students)
+    print(f"\nReport: {write_report(folder)}")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; those of a resumed run are the recorded ones, except budgets, workers and address."""
+    parser = common_options(__doc__ or "")
+    add = parser.add_argument
+    add(
+        "--teacher",
+        type=Path,
+        help="a detector file of train_detector.py (default: train one with the preset's recipe)",
+    )
+    add("--student", help="a detector file, or a DetectorSpec's text, whose structure to use (default: the preset's)")
+    add("--inherit", action=argparse.BooleanOptionalAction, default=True, help="start neck and head from the teacher's")
+    add(
+        "--normalise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="divide each term by its median over the first steps, so that weights mean the same for all",
+    )
+    add("--budget-per-input", type=int, help="candidates of each knowledge input (default: the preset's)")
+    add("--weights-budget", type=int, help="candidates of the weight phase (default: the preset's)")
+    add(
+        "--full-fraction",
+        type=float,
+        help="share of the training images for the final students (default: the preset's)",
+    )
+    options = parser.parse_args(argv)
+    return with_recorded(options, RECORDED) if options.resume else options
+
+
+def adjusted(preset: Preset, options: argparse.Namespace) -> Preset:
+    """The preset with the budgets that were asked for."""
+    search = preset.search
+    if options.budget_per_input is not None:
+        search = replace(search, budget_per_input=options.budget_per_input)
+    if options.weights_budget is not None:
+        search = replace(search, weights_budget=options.weights_budget)
+    fraction = preset.full_fraction if options.full_fraction is None else options.full_fraction
+    return replace(preset, search=search, full_fraction=fraction)
+
+
+def proxy_task(preset: Preset, options: argparse.Namespace, folder: Path) -> Task:
+    """How a candidate is trained and judged. The teacher is filled in later: it may have to be trained first."""
+    data = data_folder(options, preset)
+    return Task(
+        data=str(data),
+        cache=str(Path(options.cache).resolve()),
+        student=student_spec(options.student, preset).with_labels(checked_labels(data)),
+        settings=preset.proxy,
+        fraction=preset.fraction,
+        checks=preset.checks,
+        normalise=options.normalise,
+        seed=options.seed,
+        device=preset.device,
+        threads=preset.threads,
+    )
+
+
+def student_spec(student: str | None, preset: Preset) -> DetectorSpec:
+    """The preset's student, or the structure of the user's."""
+    if student is None:
+        return preset.student
+    return load_detector(Path(student))[0].spec if Path(student).exists() else DetectorSpec.parse(student)
+
+
+def make_search(preset: Preset, task: Task, options: argparse.Namespace) -> DivideAndConquer:
+    """Divide and conquer on the inputs that this pair can be compared on; a probe refuses hopeless formulas."""
+    bench = Workbench(task)
+    assert bench.teacher is not None
+    inputs = comparable_inputs(bench.task.student, bench.teacher.detector.spec)
+    rules = replace(preset.search.rules, inherit=options.inherit)
+    given = [_unit_weights(p.formula) if options.normalise else p.formula for p in PUBLISHED.values()]
+    return DivideAndConquer(
+        inputs, options.seed, replace(preset.search, rules=rules), bench.probe(options.inherit), given
+    )
+
+
+def _unit_weights(formula: Formula) -> Formula:
+    """A published formula where terms are normalised: its own weight belongs to terms as they are."""
+    return Formula(tuple(replace(term, weight=1.0) for term in formula.terms))
+
+
+def train_students(
+    found: Best, task: Task, preset: Preset, inherit: bool, folder: Path, workers: int
+) -> dict[str, Path] | None:
+    """Undistilled, inherited and distilled students at the full schedule: arm → detector file. None if interrupted."""
+    arms = {"undistilled": Candidate(EMPTY, False), "inherit-only": Candidate(EMPTY, True)}
+    arms["found"] = Candidate(found.formula, inherit)
+    weights = str((folder / "weights").resolve())
+    full = replace(task, settings=preset.full, fraction=preset.full_fraction, checks=(), weights=weights)
+    records = run_list([(c, name) for name, c in arms.items()], full, folder, workers, "students")
+    if records is None:
+        return None
+    for record in records:
+        print(f"  {record.group:13} AP {record.ap if record.ap is None else round(record.ap, 4)}")
+    return {r.group: Path(weights) / f"{r.weights}.safetensors" for r in records if r.weights}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_of(main))

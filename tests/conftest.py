@@ -1,0 +1,92 @@
+"""Fixtures that several rooms share: a few small generated images, and detectors that train in a second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autodet.data import Batch, BatchPlan, ImageCache, Loader, read_dataset, write_shapes
+from autodet.data.shapes import CATEGORY_IDS
+from autodet.detectors import Arch, DetectorSpec, build, save_detector
+from autodet.runtime.cluster import ray_running
+
+IMAGE_SIZE = (96, 64)  # width, height
+TRAIN_IMAGES, VAL_IMAGES = 8, 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and results depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated data set "shapes": 8 training and 4 validation images of 96×64."""
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "data", TRAIN_IMAGES, VAL_IMAGES, size=IMAGE_SIZE, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> DetectorSpec:
+    """The smallest detector that still has every part."""
+    return DetectorSpec(
+        "faster_rcnn",
+        Arch.parse("basic-8:8x1-8x1-16x1-16x1"),
+        labels=tuple((id_, name) for name, id_ in CATEGORY_IDS.items()),
+        neck_width=16,
+        levels=(8, 16, 32, 64),
+        anchor_sizes=(8, 16, 32, 48),
+        head_width=16,
+        roi_size=3,
+        proposals_before_nms=(40, 40),
+        proposals=(20, 20),
+        regions_per_image=16,
+        detections=20,
+        min_size=IMAGE_SIZE[1],
+        max_size=IMAGE_SIZE[0],
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_spec(tiny_spec: DetectorSpec) -> DetectorSpec:
+    """A detector with a wider body than ``tiny_spec`` and the same neck and head."""
+    return replace(tiny_spec, body=Arch.parse("basic-8:8x1-16x1-16x1-24x1"))
+
+
+@pytest.fixture(scope="session")
+def teacher_file(teacher_spec: DetectorSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector file with the fresh weights of ``teacher_spec``."""
+    torch.manual_seed(11)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_detector(path, build(teacher_spec))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_loader(shapes_folder: Path, tiny_spec: DetectorSpec, tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    """The training images in recurring batches of 4."""
+    dataset = read_dataset(shapes_folder)["train"]
+    cache = ImageCache(dataset, tiny_spec.min_size, tiny_spec.max_size, tmp_path_factory.mktemp("images"))
+    return Loader(cache, dataset, tiny_spec.label_map, BatchPlan(4, seed=0, fixed=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_batch(tiny_loader: Loader) -> Batch:
+    """The first batch of ``tiny_loader``."""
+    return tiny_loader.load(tiny_loader.keys(0)[0])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray for all tests that need it, without its dashboard's authentication."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    with ray_running("local", cpus=2):
+        yield

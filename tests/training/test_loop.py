@@ -90,9 +90,7 @@ def test_a_resumed_training_continues_bit_for_bit(
     assert list(make(settings, distil=distil, checkpoint=tmp_path / "c.pt").epochs()) == []
 
 
-def test_an_epoch_is_on_disk_only_after_its_report_was_taken_in(
-    make: Callable[..., Trainer], tmp_path: Path
-) -> None:
+def test_an_epoch_is_on_disk_only_after_its_report_was_taken_in(make: Callable[..., Trainer], tmp_path: Path) -> None:
     """Killed between the two, the epoch and its report are repeated; the other order would lose the report."""
     for epoch in make(replace(SHORT, epochs=2), checkpoint=tmp_path / "c.pt").epochs():
         assert make(replace(SHORT, epochs=2), checkpoint=tmp_path / "c.pt").epoch == epoch.number - 1

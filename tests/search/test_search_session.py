@@ -1,0 +1,149 @@
+"""A session records before it acts, and goes on from any cut of its ledger, also after kill -9."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from session_driver import make_search, train_serially
+
+from autodet.ledger import Ledger
+from autodet.records import Event, records_from
+from autodet.search import FINISHED, Ask, Session
+
+
+def asks_of(events: list[Event]) -> list[dict[str, Any]]:
+    return [event.payload for event in events if event.kind == "asked"]
+
+
+def run_to_end(folder: Path) -> list[Event]:
+    with Ledger.create(folder, {}) as ledger:
+        train_serially(Session(ledger, make_search()))
+        return ledger.events()
+
+
+def test_events_come_in_order_and_every_candidate_ends(tmp_path: Path) -> None:
+    events = run_to_end(tmp_path / "run")
+    first: dict[tuple[str, int], int] = {}
+    for event in events:
+        first.setdefault((event.kind, event.id), event.number)
+    ids = [event.id for event in events if event.kind == "asked"]
+    assert ids == list(range(len(ids)))
+    assert all(first["asked", id] < first["reported", id] < first["told", id] for id in ids)
+    statuses = {record.status for record in records_from(events)}
+    assert "running" not in statuses and "failed" in statuses and "stopped" in statuses
+
+
+def test_any_cut_continues_to_the_same_asks(tmp_path: Path) -> None:
+    whole = run_to_end(tmp_path / "whole")
+    for cut in (1, 2, 7, len(whole) // 2, len(whole) - 1):
+        with Ledger.create(tmp_path / f"cut{cut}", {}) as ledger:
+            for event in whole[:cut]:
+                ledger.append(event.kind, event.id, event.payload)
+            train_serially(Session(ledger, make_search()))
+            resumed = ledger.events()
+        assert asks_of(resumed) == asks_of(whole)
+        told = [event.id for event in resumed if event.kind == "told"]
+        assert sorted(told) == list(range(len(told)))
+
+
+def test_interrupted_candidates_are_handed_out_first_with_their_numbers(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        asked = [session.next(), session.next()]
+    with Ledger.resume(tmp_path) as ledger:
+        session = Session(ledger, make_search())
+        assert [session.next(), session.next()] == asked
+        assert len(ledger.events()) == 2
+
+
+def test_a_repeated_report_changes_nothing_and_keeps_its_verdict(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        ask = session.next()
+        assert isinstance(ask, Ask)
+        assert session.report(ask.id, 1, 0.5, {}) is False
+        count = len(ledger.events())
+        assert session.report(ask.id, 1, 0.1, {}) is False
+        assert len(ledger.events()) == count
+
+
+def test_a_lost_worker_is_a_failure_with_its_cause_and_a_second_end_is_ignored(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        ask = session.next()
+        assert isinstance(ask, Ask)
+        session.tell(ask.id, None, "its worker was lost")
+        session.tell(ask.id, {"status": "completed", "ap": 0.5})
+        record = records_from(ledger.events())[0]
+    assert (record.status, record.cause, record.ap) == ("failed", "its worker was lost", None)
+
+
+def test_an_ap_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        ask = session.next()
+        assert isinstance(ask, Ask)
+        session.tell(ask.id, {"status": "completed", "ap": float("nan")})
+        record = records_from(ledger.events())[0]
+    assert record.status == "failed" and record.cause is not None and "nan" in record.cause
+
+
+def test_finished_only_at_the_end(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        before = session.finished
+        train_serially(session)
+        assert (before, session.finished) == (False, True)
+        assert session.next() is FINISHED
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from session_driver import make_search, train_serially
+from autodet.ledger import Ledger, is_run
+from autodet.search import Session
+folder = Path(sys.argv[2])
+with (Ledger.resume(folder) if is_run(folder) else Ledger.create(folder, {})) as ledger:
+    train_serially(Session(ledger, make_search()), pause=0.003)
+"""
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole = run_to_end(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder)]
+    kills = 0
+    for _ in range(20):
+        before = len(list((folder / "events").glob("*.json")))
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            recorded = list((folder / "events").glob("*.json"))
+            if kills < 3 and len(recorded) >= before + 12:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        if process.wait() == 0:
+            break
+    assert kills == 3 and process.returncode == 0
+    events = Ledger.open(folder).events()
+    assert asks_of(events) == asks_of(whole)
+    assert [e.id for e in events if e.kind == "told"] == [e.id for e in whole if e.kind == "told"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_candidate_is_told_once_with_several_at_a_time(tmp_path: Path, workers: int) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        train_serially(Session(ledger, make_search()), workers=workers)
+        told = [event.id for event in ledger.events() if event.kind == "told"]
+    assert sorted(told) == list(range(len(told)))

@@ -51,7 +51,7 @@ def test_rooms_import_one_way(path: Path) -> None:
     room = room_of(path)
     used = {name.split(".")[1] for name in imported(path) if name.startswith("autodet.")}
     if room == "__init__":
-        assert not used
+        assert used <= {"data", "detectors", "distill", "training"}  # the package's face
     elif room == "results":
         assert used <= RESULTS_READS
     else:

@@ -19,9 +19,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from autodet.atomic import atomic_write_bytes, atomic_write_json
 from autodet.data.checks import IMAGE_ERRORS, DatasetError, Problems
 from autodet.data.coco import CocoDataset, ImageRecord
-from autodet.data.files import file_lock, write_atomic
+from autodet.data.lock import file_lock
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class ImageCache:
             partial.unlink()
             raise DatasetError(problems.message())
         os.replace(partial, self.path)
-        write_atomic(self.path.with_suffix(".json"), self._index())
+        atomic_write_bytes(self.path.with_suffix(".json"), self._index().encode())
         log.info("decoded %d images in %.1f s", len(self), time.monotonic() - start)
 
 
@@ -178,7 +179,7 @@ def file_hashes(paths: Sequence[Path], directory: Path) -> list[str]:
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = list(pool.map(hash_of, paths))
     if fresh:
-        write_atomic(memo_path, json.dumps({**memo, **fresh}))
+        atomic_write_json(memo_path, {**memo, **fresh})
     return hashes
 
 

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from autodet.atomic import atomic_write_json
 from autodet.data.drawing import FORMS, Array, Rng, contrasting_colour, distractor, draw_form, stroke, texture
-from autodet.data.files import file_lock, write_atomic
+from autodet.data.lock import file_lock
 
 VERSION = 1  # raise when the pictures change
 CATEGORY_IDS = {"disc": 1, "square": 2, "triangle": 4, "star": 7, "ring": 9}  # gaps on purpose, as in COCO
@@ -63,7 +64,7 @@ def write_shapes(
         for number, (split, count) in enumerate(counts.items()):
             if count:
                 _write_split(partial, split, count, size, [seed, number])
-        write_atomic(partial / MANIFEST, json.dumps(manifest))
+        atomic_write_json(partial / MANIFEST, manifest)
         shutil.rmtree(root, ignore_errors=True)
         partial.rename(root)
     return root

@@ -55,7 +55,8 @@ class DivideAndConquer(AskTell):
     The populations of the inputs run side by side, each input in turn. The best formulas are repeated with other
     seeds before the weight phase builds on them, and the finalists before the winner is named. Phases follow from what
     has been asked and told, and change softly: a phase starts once all of the former are asked and half have ended.
-    What the last ones bring is used as soon as it comes. Inputs of which nothing completed are off in the weight phase.
+    What the last ones bring is used as soon as it comes. Inputs of which nothing completed are off in the weight phase;
+    if that is all of them, the search ends there.
 
     To extend a search, rebuild it with larger budgets from its events. A larger `weights_budget` continues the weight
     evolution; a larger `budget_per_input` continues the populations first, with replicates of their own, and the

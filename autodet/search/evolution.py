@@ -52,8 +52,9 @@ class Evolution:
 
     Why the best members and not the youngest, as in regularised evolution (Real et al. 2019): ageing forgets a member
     that was merely lucky, but also every good one, and then pays to find it again. Budgets here are four to twenty
-    generations, not hundreds; on a synthetic objective with noise from none to half the spread between formulas,
-    ageing found worse formulas throughout. Luck is met by `Standing.score`, by replicates, and by finals instead.
+    generations, not hundreds. On the tests' synthetic objective (110 candidates, 12 seeds, whole and divided formulas,
+    populations of 4 and 6, noise of 0, 0.01 and 0.02 AP) the best members led to better formulas in 11 of 12 settings,
+    the twelfth being among the noisiest. Luck is met by `Standing.score`, by replicates, and by finals instead.
     """
 
     phase: str

@@ -19,7 +19,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from autodet.data import CocoDataset, DatasetError, ImageCache, read_dataset
 from autodet.data import cache as cache_module
 from autodet.data.cache import decode, file_hashes, resized_size
-from autodet.data.files import file_lock, write_atomic
+from autodet.data.lock import file_lock
 
 FORK = multiprocessing.get_context("fork")
 
@@ -224,19 +224,6 @@ def test_a_builder_killed_while_holding_the_lock(dataset: CocoDataset, tmp_path:
     assert worker.exitcode == -signal.SIGKILL and path.with_suffix(".bin.partial").exists()
     ImageCache(dataset, 30, 40, tmp_path / "cache")
     assert path.read_bytes() == content and not path.with_suffix(".bin.partial").exists()
-
-
-def test_failed_write_leaves_the_old_text_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    write_atomic(path, "old")
-
-    def full(handle: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_sizes_are_refused(dataset: CocoDataset, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_interrupted_writing_leaves_nothing_and_is_redone(tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shapes_module, "write_atomic", interrupt)  # the manifest is the last to be written
+        patch.setattr(shapes_module, "atomic_write_json", interrupt)  # the manifest is the last to be written
         with pytest.raises(KeyboardInterrupt):
             write_shapes(tmp_path / "set", 2, 1, 0, SIZE)
     assert not (tmp_path / "set").exists()

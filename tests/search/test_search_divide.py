@@ -195,7 +195,7 @@ def test_the_weight_space_is_what_it_says() -> None:
 
 
 def test_found_weights_are_improved() -> None:
-    """The weight phase starts from the single formulas, so its best is at least as good where there is no noise."""
+    """The weight phase starts from the single formulas, and without noise it does not end there."""
     search = DivideAndConquer(INPUTS, 4, SETTINGS)
     run_serial(search, lambda candidate: [true_ap(candidate.formula)])
     single = max(true_ap(ask.candidate.formula) for ask in in_phase(search, "formula"))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from autodet.atomic import atomic_write_bytes
 from autodet.lease import LAPSE_SECONDS, read_holder
-from autodet.ledger import Ledger
+from autodet.ledger import Ledger, is_run
 from autodet.records import Record, records_from
 from autodet.results import page, plots
 from autodet.results.frame import found_arm, frame_of, leaderboard, paired_differences
@@ -28,6 +28,7 @@ CAPTIONS = {
     "comparison.png": "Paired differences over the seeds; an interval that crosses zero shows no difference.",
 }
 BEST_ROWS, FAILURE_ROWS = 15, 20
+STUDENTS = "students"
 
 
 def write_report(run_dir: Path | str, output: Path | str | None = None, baseline: str | None = None) -> Path:
@@ -49,6 +50,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None, baseline
         f"<h1>{page.escape(_title(ledger))}</h1>",
         page.paragraph(state(run_dir, frame), quiet=True),
         _found(frame),
+        _students(run_dir / STUDENTS),
         _comparison(compared),
         _best(frame),
         _controls(frame),
@@ -124,6 +126,16 @@ def _found(frame: pd.DataFrame) -> str:
         page.preformatted("\n".join(equations(formula))),
         page.paragraph(summary),
     )
+
+
+def _students(folder: Path) -> str:
+    """The students that a search trained on the full schedule, in a run of their own inside its folder."""
+    if not is_run(folder):
+        return ""
+    records = records_from(Ledger.open(folder).events())
+    rows = [(record.group, _ap(record.ap), record.status, f"weights/{record.weights}") for record in records]
+    note = f"AP ×100, one training each on the full schedule, so seeds decide part of it. Files are in {STUDENTS}/."
+    return page.section("Students", page.paragraph(note), page.table(("student", "AP", "status", "file"), rows))
 
 
 def _comparison(compared: tuple[pd.DataFrame, str] | None) -> str:

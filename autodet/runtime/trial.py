@@ -13,7 +13,7 @@ import torch
 from ray import tune
 
 from autodet.search.candidate import Candidate
-from autodet.training import Diverged, Epoch, Task, Workbench
+from autodet.training import Epoch, Task, Workbench
 
 METRIC = "ap"
 
@@ -36,7 +36,13 @@ def make_trainable(task: Task, folder: Path) -> Callable[[Mapping[str, Any]], No
         torch.set_flush_denormal(True)
         name = f"{int(config['id']):06d}" if "id" in config else tune.get_context().get_trial_id()
         candidate = Candidate.from_json(config["candidate"])
-        outcome = run_candidate(_workbench(text, task), candidate, Path(root) / name, tune.report)
+        try:
+            outcome = run_candidate(_workbench(text, task), candidate, Path(root) / name, tune.report)
+        # Whatever it was, it is this candidate's end and goes into its record. Raised, Tune would train it again and
+        # then forget the cause. Tune's own request to stop is no Exception and passes.
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            outcome = {"status": "failed", "ap": None, "seed": task.seed + candidate.replicate, "cause": cause}
         tune.report({"id": config.get("id"), METRIC: outcome["ap"] or 0.0, "outcome": json.dumps(outcome)})
 
     return train_candidate
@@ -65,15 +71,10 @@ def run_candidate(
                 }
             )
 
-    shared = {"seed": bench.task.seed + candidate.replicate}
-    try:
-        result = bench.run(candidate.formula, candidate.inherit, candidate.replicate, folder, on_epoch)
-    except (Diverged, ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        seconds = time.perf_counter() - started
-        cause = f"{type(error).__name__}: {error}"
-        return shared | {"status": "failed", "ap": None, "epochs": 0, "seconds": seconds, "cause": cause}
-    return shared | {
+    result = bench.run(candidate.formula, candidate.inherit, candidate.replicate, folder, on_epoch)
+    return {
         "status": "completed",
+        "seed": bench.task.seed + candidate.replicate,
         "ap": result.metrics.ap,
         "metrics": result.metrics.to_json(),
         "epochs": result.epochs,

@@ -98,7 +98,6 @@ def run_session(
     run_folder: Path,
     workers: int,
     gpus_per_trial: float = 0.0,
-    max_seconds: float | None = None,
 ) -> None:
     """Run a session's candidates as Tune trials until its search has finished, or Ctrl-C. Ray must be running.
 
@@ -109,7 +108,6 @@ def run_session(
         search_alg=SessionSearcher(session, workers, folder / "trials"),
         num_samples=-1,
         reuse_actors=True,
-        time_budget_s=max_seconds,
         trial_name_creator=_trial_name,
         trial_dirname_creator=_trial_name,
     )

@@ -4,6 +4,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from search_objective import INPUTS, curve, noisy_ap
@@ -169,6 +170,33 @@ def test_candidates_that_fall_behind_are_stopped_and_never_win() -> None:
         best = search.best()
         assert best is not None
         assert Candidate(best.formula, True).arm not in {search.history.asks[e.id].candidate.arm for e in stopped}
+
+
+def test_controls_and_replicates_run_to_their_end() -> None:
+    search = random_search(INPUTS, 0, 20, Rules(controls=2, stop=StopRule(min_known=1, margin=0.0)))
+    asks = [ask for ask in (search.ask() for _ in range(4)) if isinstance(ask, Ask)]
+    assert [ask.origin for ask in asks] == ["control", "control", "random", "random"]
+    assert [search.report(ask.id, 1, 0.4 - ask.id / 10) for ask in asks] == [False, False, False, True]
+    for replicate in (1, 2):
+        candidate = replace(asks[2].candidate, replicate=replicate)
+        search.replay(Ask(3 + replicate, candidate, "final", "after 20", origin="replicate"))
+    assert [search.report(id, 1, 0.4 - id / 10) for id in (4, 5)] == [False, False]
+
+
+def test_after_the_finals_the_winner_is_chosen_among_equals() -> None:
+    search = random_search(INPUTS, 0, 5, Rules(controls=0, finalists=1))
+    asks = [ask for ask in (search.ask() for _ in range(5)) if isinstance(ask, Ask)]
+    for ask, ap in zip(asks, (0.9, 0.5, 0.3, 0.3, 0.3), strict=True):
+        search.tell(ask.id, ap)
+    for replicate in (1, 2):
+        candidate = replace(asks[1].candidate, replicate=replicate)
+        search.replay(Ask(4 + replicate, candidate, "final", "after 5", origin="replicate"))
+    search.tell(5, 0.5)
+    best = search.best()
+    assert best == (asks[0].candidate.formula, 0.9, 1)
+    search.tell(6, 0.5)
+    best = search.best()
+    assert best == (asks[1].candidate.formula, 0.5, 3)
 
 
 def test_misuse_is_refused(make: Make) -> None:

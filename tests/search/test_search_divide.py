@@ -145,22 +145,38 @@ def test_an_input_that_always_fails_is_off() -> None:
 
 
 @pytest.mark.parametrize(
-    ("larger", "phase", "added"),
-    [(replace(SETTINGS, weights_budget=24), "weights", 12), (replace(SETTINGS, budget_per_input=24), "formula", 36)],
+    ("larger", "added"),
+    [
+        (replace(SETTINGS, weights_budget=24), {"weights": 12, "final": 6}),
+        (replace(SETTINGS, budget_per_input=24), {"formula": 36, "replicate": 8}),
+    ],
     ids=["weights", "inputs"],
 )
-def test_a_finished_search_continues_with_a_larger_budget(larger: DivideSettings, phase: str, added: int) -> None:
-    events = run_serial(DivideAndConquer(INPUTS, 0, SETTINGS), curve)
+def test_a_finished_search_continues_with_a_larger_budget(larger: DivideSettings, added: dict[str, int]) -> None:
+    """Each new formula is better than all before, so the new best ones get replicates, or finals, of their own."""
+    order: dict[str, int] = {}
+
+    def rising(candidate: Candidate) -> list[float | None]:
+        return [0.3 + 0.001 * order.setdefault(candidate.arm, len(order))]
+
+    events = run_serial(DivideAndConquer(INPUTS, 0, SETTINGS), rising)
     search = DivideAndConquer(INPUTS, 0, larger)
     rebuild(search, events)
     before = len(search.history.asks)
-    run_serial(search, curve)
-    assert Counter(ask.phase for ask in search.history.asks[before:])[phase] == added
-    assert search.ask() is FINISHED
-    arms = Counter(ask.candidate.arm for ask in search.history.asks)
+    run_serial(search, rising)
+    new = search.history.asks[before:]
+    assert Counter(ask.phase for ask in new) == added
+    repeated = {ask.candidate.arm for ask in new if ask.candidate.replicate == 2}
     best = search.best()
-    looks_best = search.history.standings()[0].candidate.arm
-    assert best is not None and best.runs == 3 == arms[looks_best]
+    assert search.ask() is FINISHED
+    assert best is not None and best.runs == 3 and Candidate(best.formula, True).arm in repeated
+
+
+def test_the_weight_phase_breeds_from_the_single_formulas_too() -> None:
+    search = DivideAndConquer(INPUTS, 0, SETTINGS)
+    run_serial(search, lambda c: [] if len(c.formula.terms) > 1 else curve(c))
+    parents = {parent for ask in in_phase(search, "weights") for parent in ask.parents}
+    assert "formula" in {search.history.asks[parent].phase for parent in parents}
 
 
 def test_budgets_below_four_generations_are_refused() -> None:

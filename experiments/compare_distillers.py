@@ -117,10 +117,21 @@ def compare(
     """Train and measure every arm with every seed; False if interrupted."""
     task = full_task(source, seed=options.seed, split=options.split, fraction=options.fraction)
     arms = {"undistilled": (EMPTY, False), BASELINE: (EMPTY, True)} | {n: (f, True) for n, f in formulas.items()}
+    arms = without_twins(arms)
     seeds = range(options.seeds or source.preset.seeds)
     # Seed by seed, so that an interrupted comparison holds complete pairs.
     candidates = [(Candidate(f, inherit, seed), name) for seed in seeds for name, (f, inherit) in arms.items()]
     return run_list(candidates, task, folder, workers, "compare") is not None
+
+
+def without_twins(arms: Mapping[str, tuple[Formula, bool]]) -> dict[str, tuple[Formula, bool]]:
+    """The arms without those that would repeat an earlier one: a search may find a published formula."""
+    first: dict[tuple[str, bool], str] = {}
+    for name, (formula, inherit) in arms.items():
+        twin = first.setdefault((formula.key, inherit), name)
+        if twin != name:
+            print(f"{name} is the same formula as {twin} and is not trained twice: {formula}")
+    return {name: arms[name] for name in first.values()}
 
 
 def unit_weights(formula: Formula, normalise: bool) -> Formula:

@@ -39,10 +39,19 @@ from autodet.distill import PUBLISHED, Formula, comparable_inputs
 from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.runtime.tune_search import run_session
-from autodet.search import EMPTY, Best, Candidate, DivideAndConquer, Session
+from autodet.search import (
+    EMPTY,
+    AskTell,
+    Best,
+    Candidate,
+    DivideAndConquer,
+    Session,
+    flat_evolution,
+    random_search,
+)
 from autodet.training import Task, Workbench
 
-RECORDED = ("preset", "data", "cache", "teacher", "student", "inherit", "normalise", "seed", "full_fraction")
+RECORDED = ("preset", "data", "cache", "teacher", "student", "inherit", "normalise", "seed", "full_fraction", "search")
 EXTENDABLE = ("workers", "search.budget_per_input", "search.weights_budget")
 
 
@@ -101,6 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=True,
         help="divide each term by its median over the first steps, so that weights mean the same for all",
     )
+    add("--search", choices=("divide", "flat", "random"), default="divide", help="divide and conquer, or a baseline")
     add("--budget-per-input", type=int, help="candidates of each knowledge input (default: the preset's)")
     add("--weights-budget", type=int, help="candidates of the weight phase (default: the preset's)")
     add(
@@ -147,16 +157,24 @@ def student_spec(student: str | None, preset: Preset) -> DetectorSpec:
     return load_detector(Path(student))[0].spec if Path(student).exists() else DetectorSpec.parse(student)
 
 
-def make_search(preset: Preset, task: Task, options: argparse.Namespace) -> DivideAndConquer:
-    """Divide and conquer on the inputs that this pair can be compared on; a probe refuses hopeless formulas."""
+def make_search(preset: Preset, task: Task, options: argparse.Namespace) -> AskTell:
+    """A search on the inputs that this pair can be compared on; a probe refuses hopeless formulas before any training.
+
+    Random search and flat evolution get the same controls, finals, and total budget as divide and conquer.
+    """
     bench = Workbench(task)
     assert bench.teacher is not None
     inputs = comparable_inputs(bench.task.student, bench.teacher.detector.spec)
     rules = replace(preset.search.rules, inherit=options.inherit)
     given = [_unit_weights(p.formula) if options.normalise else p.formula for p in PUBLISHED.values()]
-    return DivideAndConquer(
-        inputs, options.seed, replace(preset.search, rules=rules), bench.probe(options.inherit), given
-    )
+    admit = bench.probe(options.inherit)
+    divide = DivideAndConquer(inputs, options.seed, replace(preset.search, rules=rules), admit, given)
+    explore = divide.budget - rules.overhead
+    if options.search == "random":
+        return random_search(inputs, options.seed, explore, rules, admit)
+    if options.search == "flat":
+        return flat_evolution(inputs, options.seed, explore, preset.search.formulas, rules, admit, given)
+    return divide
 
 
 def _unit_weights(formula: Formula) -> Formula:

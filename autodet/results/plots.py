@@ -58,20 +58,36 @@ def _series(phase: Any, group: Any) -> str:
 
 
 def draw_best_so_far(data: pd.DataFrame) -> Figure:
-    """Two panels, AP against candidates and against minutes: a dot a candidate, a line for the best of each series."""
+    """Two panels, AP against candidates and against minutes: a dot a candidate, a line for the best of each series.
+
+    Hopeless candidates would squeeze the rest into a line: they lie on the lower edge, as triangles.
+    """
     figure = Figure(figsize=(10, 4.2), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    floor = _floor(data["ap"] * 100)
     look = cycle([(colour, style) for style in STYLES for colour in COLOURS])
     for (name, rows), (colour, style) in zip(data.groupby("series", sort=False), look, strict=False):
         for axes, x in ((left, rows["candidates"]), (right, rows["seconds"] / 60)):
-            axes.scatter(x, rows["ap"] * 100, s=12, color=colour, alpha=0.45, linewidths=0)
+            below = rows["ap"] * 100 < floor
+            axes.scatter(x[~below], rows["ap"][~below] * 100, s=12, color=colour, alpha=0.45, linewidths=0)
+            axes.scatter(x[below], [floor] * below.sum(), s=22, color=colour, marker="v", linewidths=0, clip_on=False)
             line = axes.step(x, rows["best"] * 100, where="post", color=colour, linestyle=style, linewidth=1.8)
         line[0].set_label(str(name))
+    left.set_ylim(bottom=floor)
     _label(left, "candidates that have ended", "AP (dots: candidates, lines: best so far)")
     _label(right, "minutes since the start")
     if not data.empty:
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+def _floor(values: pd.Series[Any]) -> float:
+    """A lower limit for an axis: as far below the middle as the best is above it, three times over."""
+    known = values.dropna()
+    if known.empty:
+        return 0.0
+    middle = float(known.median())
+    return max(float(known.min()), middle - 3 * max(float(known.max()) - middle, 0.5)) - 0.2
 
 
 def operation_wins(frame: pd.DataFrame) -> pd.DataFrame:
@@ -108,6 +124,9 @@ def draw_operation_wins(data: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_title(f"{kind}s (number of candidates)", fontsize=9.5, loc="left")
+    if len(data):  # an interval from two or three values may span the whole page; its ends do not matter
+        low, high = data["ap"].min() * 100, data["ap"].max() * 100
+        panels[-1].set_xlim(low - 0.15 * (high - low) - 0.5, high + 0.15 * (high - low) + 0.5)
     _label(panels[-1], "mean AP of the candidates that use it, with 95 % interval")
     return figure
 

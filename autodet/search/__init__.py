@@ -1,4 +1,4 @@
-"""Ask/tell searches over distillation formulas; no Ray, no training, no files."""
+"""Ask/tell searches over distillation formulas, and the session that joins one to its ledger; no Ray, no training."""
 
 from autodet.search.ask_tell import AskTell, Best, Rules
 from autodet.search.baselines import WholeFormulaSearch, flat_evolution, random_search

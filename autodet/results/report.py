@@ -133,7 +133,9 @@ def _students(folder: Path) -> str:
     if not is_run(folder):
         return ""
     records = records_from(Ledger.open(folder).events())
-    rows = [(record.group, _ap(record.ap), record.status, f"weights/{record.weights}") for record in records]
+    rows = [
+        (record.group, _ap(record.ap), record.status, f"weights/{record.weights}.safetensors") for record in records
+    ]
     note = f"AP ×100, one training each on the full schedule, so seeds decide part of it. Files are in {STUDENTS}/."
     return page.section("Students", page.paragraph(note), page.table(("student", "AP", "status", "file"), rows))
 

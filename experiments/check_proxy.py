@@ -36,6 +36,7 @@ from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import Candidate
 
+FRESH_SEEDS = 2000  # far from those that the search chose by
 RECORDED = ("run", "formulas", "seeds", "seed")
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     proxy = read_run(options.run)
     chosen = spread(proxy, options.formulas)
     config = {"script": "check_proxy", "options": recorded_options(options, RECORDED), "formulas": chosen}
-    task = full_task(source, seed=options.seed)
+    task = full_task(source, seed=FRESH_SEEDS + options.seed)
     workers = options.workers or source.preset.workers
     candidates = [
         (Candidate(Formula.parse(text), True, seed), "long") for seed in range(options.seeds) for text in chosen

@@ -46,6 +46,7 @@ from autodet.search import EMPTY, Candidate
 RECORDED = ("run", "rivals", "formula", "tune", "seeds", "split", "fraction", "seed")
 BASELINE = "inherit-only"
 FOUND = "found"
+FRESH_SEEDS = 1000  # far from those that the search chose by
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +116,7 @@ def compare(
     options: argparse.Namespace, source: SearchRun, folder: Path, formulas: Mapping[str, Formula], workers: int
 ) -> bool:
     """Train and measure every arm with every seed; False if interrupted."""
-    task = full_task(source, seed=options.seed, split=options.split, fraction=options.fraction)
+    task = full_task(source, seed=FRESH_SEEDS + options.seed, split=options.split, fraction=options.fraction)
     arms = {"undistilled": (EMPTY, False), BASELINE: (EMPTY, True)} | {n: (f, True) for n, f in formulas.items()}
     arms = without_twins(arms)
     seeds = range(options.seeds or source.preset.seeds)

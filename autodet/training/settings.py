@@ -20,9 +20,8 @@ class TrainSettings:
 
     lr: height of a half cosine that falls to zero over all epochs; the first ``warmup`` steps rise to it linearly.
     ema: decay of the averaged weights that are evaluated and kept, 0 for none. precision: ``bf16`` runs forward and
-    losses under autocast. channels_last: memory format of
-    convolutions; off by default, since on CPUs it gains 5 % and torch 2.15 corrupted memory in its backward pass for a
-    body of 8 channels. Turn it on for GPUs.
+    losses under autocast. channels_last: memory format of convolutions; off by default, since it gains 5 % on a CPU and
+    torch 2.15 crashes there in the backward pass of a body with 8 channels. Turn it on for GPUs.
     """
 
     epochs: int

@@ -21,7 +21,7 @@ from presets import PRESETS, Preset
 import autodet
 from autodet.atomic import atomic_write_json
 from autodet.data import read_dataset, write_shapes
-from autodet.detectors import load_detector
+from autodet.detectors import DetectorSpec, load_detector
 from autodet.distill import Formula
 from autodet.lease import LeaseHeld, LeaseLost
 from autodet.ledger import Ledger, LedgerError
@@ -134,6 +134,7 @@ class SearchRun:
     folder: Path
     preset: Preset
     task: Task  # the proxy's, with the teacher
+    student: DetectorSpec  # at its own image size, which the proxy's may not be
     full_fraction: float
     evaluations_per_input: int
     found: Formula
@@ -158,6 +159,7 @@ def read_search(folder: Path) -> SearchRun:
         folder=folder,
         preset=preset,
         task=Task.from_json((folder / "task.json").read_text()),
+        student=DetectorSpec.parse(config["student"]),
         full_fraction=preset.full_fraction if fraction is None else float(fraction),
         evaluations_per_input=int(config["search"]["budget_per_input"]),
         found=Formula.parse(json.loads((folder / "found.json").read_text())["formula"]),
@@ -169,7 +171,8 @@ def full_task(
 ) -> Task:
     """The full schedule of a search's preset, for the same pair on the same data."""
     fraction = source.full_fraction if fraction is None else fraction
-    return replace(source.task, settings=source.preset.full, fraction=fraction, checks=(), split=split, seed=seed)
+    task = replace(source.task, student=source.student, settings=source.preset.full, checks=())
+    return replace(task, fraction=fraction, split=split, seed=seed)
 
 
 def run_list(

@@ -51,7 +51,19 @@ from autodet.search import (
 )
 from autodet.training import Task, Workbench
 
-RECORDED = ("preset", "data", "cache", "teacher", "student", "inherit", "normalise", "seed", "full_fraction", "search")
+RECORDED = (
+    "preset",
+    "data",
+    "cache",
+    "teacher",
+    "student",
+    "inherit",
+    "normalise",
+    "seed",
+    "full_fraction",
+    "search",
+    "proxy_size",
+)
 EXTENDABLE = ("workers", "search.budget_per_input", "search.weights_budget")
 
 
@@ -72,10 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     with start_or_resume(folder, config, EXTENDABLE) as ledger:
         task = replace(task, teacher=str(given_or_trained_teacher(options, preset, task, folder)))
-        search = make_search(preset, task, options)
+        proxy = replace(task, student=task.student.at_size(options.proxy_size)) if options.proxy_size else task
+        search = make_search(preset, proxy, options)
         with ray_running(options.address, cpus=workers * preset.threads):
             session = Session(ledger, search, say_candidate(search.budget))
-            run_session(session, task, folder, workers, gpus_per_trial=float(preset.device == "cuda"))
+            run_session(session, proxy, folder, workers, gpus_per_trial=float(preset.device == "cuda"))
             ledger.write_views()
             if not session.finished:
                 print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
@@ -83,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             found = search.best()
             if found is None:
                 raise ValueError(f"No candidate completed; the causes are in {folder / 'summary.csv'}.")
-            save_search(folder, task, found)
+            save_search(folder, proxy, found)
             print(f"\nFound: {found.formula}\n  AP {found.ap:.4f} over {found.runs} runs of the proxy")
             students = train_students(found, task, preset, options.inherit, folder / "students", workers)
     if students is None:
@@ -113,6 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--search", choices=("divide", "flat", "random"), default="divide", help="divide and conquer, or a baseline")
     add("--budget-per-input", type=int, help="candidates of each knowledge input (default: the preset's)")
     add("--weights-budget", type=int, help="candidates of the weight phase (default: the preset's)")
+    add("--proxy-size", type=int, help="shorter side of the proxy's images in pixels (default: the student's)")
     add(
         "--full-fraction",
         type=float,

@@ -91,6 +91,9 @@ def report(task: Task, path: Path) -> None:
     detector, notes = load_detector(path)
     metrics = bench.measure(detector)
     print(f"\n{path}\n{detector.spec}\nseed {notes['seed']}, {task.settings.epochs} epochs, split {task.split}")
+    print(
+        f"trained at {notes['images_per_second']} images/s, {notes['overhead']:.1%} outside forward, backward and step"
+    )
     print("  ".join(f"{name} {'–' if value is None else f'{value:.3f}'}" for name, value in metrics.to_json().items()))
     images = bench.eval_loader.load(BatchKey((0,), (False,))).images
     cost = cost_of(lambda: detect(detector, images), detector.model, threads=task.threads)

@@ -117,6 +117,12 @@ class DetectorSpec:
         except (ArchError, TypeError) as error:  # TypeError: text or null where a number belongs
             raise SpecError(f"A detector's description has a malformed value: {error}") from error
 
+    def at_size(self, pixels: int) -> DetectorSpec:
+        """The same detector for images of another shorter side; longer side and anchors in proportion."""
+        scale = pixels / self.min_size
+        anchors = tuple(max(1, round(size * scale)) for size in self.anchor_sizes)
+        return replace(self, min_size=pixels, max_size=round(self.max_size * scale), anchor_sizes=anchors)
+
     def with_labels(self, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
         """The same detector for other classes."""
         return replace(self, labels=tuple(labels))

@@ -73,7 +73,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished training. seconds: training and evaluation; notes: scales, what was inherited, speed, time by part."""
+    """A finished training. seconds: training and evaluation; notes: terms' scales, what was inherited, the best
+    epoch's speed, and the last one's share of time outside forward, backward and step."""
 
     metrics: Metrics
     epochs: int
@@ -135,18 +136,19 @@ class Workbench:
         checkpoint = folder / "checkpoint.pt" if folder is not None else None
         trainer = Trainer(student, self.train_loader, task.settings, seed, extra, checkpoint, task.device)
         measured = FasterRCNNSteps(trainer.model, student.spec)
-        metrics, speed = None, [0.0]
+        metrics, speed, overhead = None, 0.0, 0.0
         for epoch in trainer.epochs():
             last = epoch.number == task.settings.epochs
             metrics = self.measure(measured) if last or epoch.number in task.checks else None
-            speed.append(epoch.images_per_second)
+            speed, overhead = max(speed, epoch.images_per_second), epoch.overhead
             if on_epoch is not None:
                 on_epoch(epoch, metrics.ap if metrics else None)
         metrics = metrics or self.measure(measured)  # a training that was complete before this call
         notes = {
             "inherited": inherited,
             "scales": extra.distiller.scales() if extra else {},
-            "images_per_second": round(max(speed), 2),
+            "images_per_second": round(speed, 2),
+            "overhead": round(overhead, 4),
         }
         weights = self._keep(measured, notes | {"formula": str(formula), "seed": seed, "ap": metrics.ap})
         return Outcome(metrics, trainer.epoch, time.perf_counter() - started, weights, notes)

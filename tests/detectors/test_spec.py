@@ -161,3 +161,10 @@ def test_json_with_other_fields_is_refused() -> None:
     values["depth"] = values.pop("body")
     with pytest.raises(SpecError, match=r"unknown fields \['depth'\] and lacks \['body'\]"):
         DetectorSpec.from_json(values)
+
+
+def test_at_another_image_size_anchors_and_longer_side_keep_their_proportion() -> None:
+    spec = DetectorSpec("faster_rcnn", Arch.resnet18(), ((1, "cell"),))
+    half = spec.at_size(400)
+    assert (half.min_size, half.max_size, half.anchor_sizes) == (400, 666, (16, 32, 64, 128, 256))
+    assert half.body == spec.body and half.at_size(800).anchor_sizes == spec.anchor_sizes

@@ -42,7 +42,7 @@ class Preset:
     device: str = "cpu"
 
 
-def small(body: str, pixels: int, neck: int = 64, head: int = 128) -> DetectorSpec:
+def small(body: str, pixels: int, neck: int = 64, head: int = 128, sampling: int = 2) -> DetectorSpec:
     """A Faster R-CNN for small images: a pyramid from stride 8; anchors and proposals that fit the shorter side."""
     scale = pixels / 192
     return DetectorSpec(
@@ -54,6 +54,7 @@ def small(body: str, pixels: int, neck: int = 64, head: int = 128) -> DetectorSp
         anchor_sizes=tuple(round(size * scale) for size in (16, 36, 80, 170)),
         head_width=head,
         roi_size=5,
+        roi_sampling=sampling,
         proposals_before_nms=(300, 200),
         proposals=(200, 100),
         regions_per_image=64,
@@ -97,14 +98,14 @@ PRESETS = {
         seeds=2,
     ),
     "demo": Preset(
-        teacher=small(TEACHER, 96),
-        student=small(STUDENT, 96),
+        teacher=small(TEACHER, 96, sampling=1),
+        student=small(STUDENT, 96, sampling=1),
         teaching=recipe(12),
-        proxy=recipe(6),
+        proxy=recipe(5, batch_size=4),
         fraction=0.25,
-        checks=(4,),
-        full=recipe(10),
-        shapes=(240, 60, 60),
+        checks=(3,),
+        full=recipe(7, batch_size=4),
+        shapes=(240, 40, 40),
         search=divide(per_input=8, weights=8, population=2, controls=2, finalists=2),
         seeds=3,
     ),

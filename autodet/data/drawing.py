@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 4
+COLOUR_SPREAD = 30.0  # standard deviation of an object's colour around its form's
 MIN_CONTRAST = 40.0  # distance in RGB between an object's mean colour and what it covers
 
 Rng = np.random.Generator
@@ -33,6 +34,19 @@ FORMS: dict[str, tuple[Array, float]] = {
     "triangle": (_regular(3), 0.0),
     "star": (_regular(10, inner=0.45), 0.0),
     "ring": (_regular(48), 0.55),
+}
+
+
+# Colour helps to find an object, and tells three groups apart; within a group, form alone decides.
+COLOURS: dict[str, Array] = {
+    shape: np.array(colour, dtype=np.float32)
+    for shape, colour in {
+        "disc": (205, 70, 60),
+        "ring": (205, 70, 60),
+        "square": (60, 90, 205),
+        "triangle": (60, 90, 205),
+        "star": (80, 170, 60),
+    }.items()
 }
 
 
@@ -147,21 +161,17 @@ def _along(angle: float, height: int, width: int) -> Array:
 
 
 def texture(rng: Rng, height: int, width: int, mean: Array | None = None) -> Array:
-    """Colours H×W×3 in 0–255, around `mean` (RGB) or a random colour."""
+    """Colours H×W×3 in 0–255, around `mean` (RGB) or a random muted colour."""
     pattern = PATTERNS[rng.integers(len(PATTERNS))](rng, height, width)
-    centre = _colour(rng) if mean is None else mean
-    amplitude = rng.normal(0, 70, 3).astype(np.float32)
+    centre = rng.uniform(80, 175) + rng.uniform(-25, 25, 3) if mean is None else mean
+    amplitude = rng.normal(0, 45, 3).astype(np.float32)
     colours: Array = centre + (pattern[..., None] - np.float32(0.5)) * amplitude
     return colours
 
 
-def contrasting_colour(rng: Rng, covered: Array) -> Array:
-    """A random colour (RGB) that can be told from the one it will cover."""
-    colour = _colour(rng)
+def contrasting_colour(rng: Rng, shape: str, covered: Array) -> Array:
+    """A colour (RGB) near the form's own that can be told from the one it will cover."""
+    colour = COLOURS[shape] + rng.normal(0, COLOUR_SPREAD, 3)
     while np.linalg.norm(colour - covered) < MIN_CONTRAST:
-        colour = _colour(rng)
-    return colour
-
-
-def _colour(rng: Rng) -> Array:
-    return rng.uniform(30, 225, 3).astype(np.float32)
+        colour = COLOURS[shape] + rng.normal(0, COLOUR_SPREAD, 3)
+    return np.clip(colour, 0, 255).astype(np.float32)

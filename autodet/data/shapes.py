@@ -21,15 +21,15 @@ from autodet.atomic import atomic_write_json
 from autodet.data.drawing import FORMS, Array, Rng, contrasting_colour, distractor, draw_form, stroke, texture
 from autodet.data.lock import file_lock
 
-VERSION = 1  # raise when the pictures change
+VERSION = 2  # raise when the pictures change
 CATEGORY_IDS = {"disc": 1, "square": 2, "triangle": 4, "star": 7, "ring": 9}  # gaps on purpose, as in COCO
 MANIFEST = "shapes.json"
 
 MIN_VISIBLE = 0.3  # of an object's area
 EMPTY_IMAGES = 0.08  # share of images without objects
-DIAMETERS = (12.0, 100.0)  # pixels, in an image whose shorter side is 192
+DIAMETERS = (24.0, 110.0)  # pixels, in an image whose shorter side is 192
 REFERENCE_SIDE = 192
-MEAN_OBJECTS, MAX_OBJECTS = 3.0, 8
+MEAN_OBJECTS, MAX_OBJECTS = 7.0, 14
 PLACEMENTS = 12  # tries before an object is given up
 OVERLAP = 0.35  # share of objects placed next to another one
 NOISE = 6.0  # standard deviation of the pixel noise
@@ -121,7 +121,7 @@ def draw_scene(rng: Rng, size: tuple[int, int], empty: bool | None = None) -> Sc
     width, height = size
     unit = min(size) / REFERENCE_SIDE
     canvas = texture(rng, height, width)
-    for _ in range(rng.integers(6, 15)):
+    for _ in range(rng.integers(3, 8)):
         _paint(rng, canvas, distractor(rng, size, unit))
     if empty is None:
         empty = bool(rng.random() < EMPTY_IMAGES)
@@ -131,7 +131,7 @@ def draw_scene(rng: Rng, size: tuple[int, int], empty: bool | None = None) -> Sc
         _add_object(rng, canvas, objects, unit)
     while not empty and not objects:
         _add_object(rng, canvas, objects, unit)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         cover = stroke(rng, size, unit)
         if _may_cover(cover >= 0.5, objects):
             _paint(rng, canvas, cover)
@@ -166,7 +166,7 @@ def _add_object(rng: Rng, canvas: Array, objects: list[_Object], unit: float) ->
         candidate = _Object(shape, float((patch >= 0.5).sum()), cover >= 0.5, centre)
         if _is_visible(candidate) and _may_cover(candidate.visible, objects):
             _hide(candidate.visible, objects)
-            _paint(rng, canvas, cover, contrasting_colour(rng, canvas[candidate.visible].mean(axis=0)))
+            _paint(rng, canvas, cover, contrasting_colour(rng, shape, canvas[candidate.visible].mean(axis=0)))
             objects.append(candidate)
             return
 

@@ -40,6 +40,7 @@ class DetectorSpec:
     rpn_depth: int = 1
     head_width: int = 1024
     roi_size: int = 7
+    roi_sampling: int = 2  # points a bin and direction; on a CPU their gradient is the largest cost of a small detector
     proposals_before_nms: tuple[int, int] = (2000, 1000)  # training, evaluation; per level
     proposals: tuple[int, int] = (2000, 1000)  # training, evaluation; per image
     regions_per_image: int = 512
@@ -136,7 +137,16 @@ def _problems(spec: DetectorSpec) -> list[str]:
     """Why a spec cannot be built, first reason first."""
     ids = [category for category, _ in spec.labels]
     expected_levels = (*BODY_STRIDES[len(BODY_STRIDES) - len(spec.body_levels) :], 64)
-    positive = ("neck_width", "rpn_depth", "head_width", "roi_size", "detections", "min_size", "regions_per_image")
+    positive = (
+        "neck_width",
+        "rpn_depth",
+        "head_width",
+        "roi_size",
+        "roi_sampling",
+        "detections",
+        "min_size",
+        "regions_per_image",
+    )
     checks = [
         (spec.family not in FAMILIES, f"family {spec.family!r} is none of {', '.join(FAMILIES)}"),
         (spec.norm not in NORMS, f"norm {spec.norm!r} is none of {', '.join(NORMS)}"),

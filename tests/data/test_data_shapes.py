@@ -53,11 +53,11 @@ def test_statistics(splits: dict[str, CocoDataset]) -> None:
     images = [image for split in splits.values() for image in split.images]
     assert {(image.width, image.height) for image in images} == {(256, 192)}
     counts = [len(image.boxes) for image in images]
-    assert 1 <= sum(count == 0 for count in counts) <= 15 and 1.5 < np.mean(counts) < 4
+    assert 1 <= sum(count == 0 for count in counts) <= 15 and 4 < np.mean(counts) < 8
     found = np.concatenate([image.category_ids for image in images])
     assert set(found.tolist()) == set(CATEGORY_IDS.values()) == {1, 2, 4, 7, 9}
     sides = np.concatenate([(image.boxes[:, 2:] - image.boxes[:, :2]).max(axis=1) for image in images])
-    assert sides.min() < 20 and 70 < sides.max() <= 101
+    assert sides.min() < 30 and 80 < sides.max() <= 111
 
 
 def test_split_sizes_and_optional_test_split(splits: dict[str, CocoDataset], tmp_path: Path) -> None:

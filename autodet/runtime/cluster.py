@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,10 +41,13 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
         return
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    on_terminate = signal.getsignal(signal.SIGTERM)
     if address == "auto":
         ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
     else:
         ray.init(num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the process at once
     try:
         yield
     finally:

@@ -106,20 +106,29 @@ def test_a_plain_training_and_its_file_as_a_teacher(
     assert train_detector.main(["--resume", str(output)]) == 0
 
 
-def test_a_killed_driver_resumes_to_the_same_asks(search_run: Path, cache: list[str], tmp_path: Path) -> None:
-    """kill -9 of the driver in the middle of the search; its Ray dies with it."""
-    folder = tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPTS / "search_distiller.py")]
-    process = subprocess.Popen([*command, *SMOKE, *cache, "--output", str(folder)], env=environment)
+def stop_after(count: int, number: signal.Signals, folder: Path, arguments: list[str]) -> int:
+    """Start the search in a process of its own, send it a signal once ``count`` candidates were told; its exit code."""
+    command = [sys.executable, str(SCRIPTS / "search_distiller.py"), *arguments]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while len(list((folder / "events").glob("*-told-*"))) < 5 and time.monotonic() < deadline:
+    while len(list((folder / "events").glob("*-told-*"))) < count and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, number)
+    return process.wait()
+
+
+def test_a_stopped_and_a_killed_driver_resume_to_the_same_asks(
+    search_run: Path, cache: list[str], tmp_path: Path
+) -> None:
+    """SIGTERM, then kill -9 of the driver in the middle of the search; each time its Ray dies with it."""
+    folder = tmp_path / "killed"
+    resume = ["--resume", str(folder), "--workers", "1"]
+    assert stop_after(2, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
+    assert not (folder / "lease.json").exists()
+    assert stop_after(6, signal.SIGKILL, folder, resume) == -signal.SIGKILL
     before = Ledger.open(folder).events()
-    assert search_distiller.main(["--resume", str(folder), "--workers", "1"]) == 0
+    assert search_distiller.main(resume) == 0
     events = Ledger.open(folder).events()
     assert events[: len(before)] == before
     assert told(events) == list(range(len(asks_of(folder))))

@@ -14,18 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import (
-    INTERRUPTED,
-    common_options,
-    full_task,
-    main_of,
-    new_folder,
-    read_search,
-    recorded_options,
-    run_list,
-    start_or_resume,
-    with_recorded,
-)
+import pandas as pd
+from options import INTERRUPTED, common_options, main_of, new_folder, parsed, positive, recorded
+from runs import full_task, read_search, run_list, start_or_resume
 
 from autodet.atomic import atomic_write_bytes
 from autodet.distill import Formula
@@ -36,8 +27,10 @@ from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import Candidate
 
+SEEDS = 2
 FRESH_SEEDS = 2000  # far from those that the search chose by
-RECORDED = ("run", "formulas", "seeds", "seed")
+RECORDED = ("run", "formulas", "seed")
+EXTENDABLE = ("workers", "seeds")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,14 +39,20 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "check-proxy")
     source = read_search(options.run)
     proxy = read_run(options.run)
-    chosen = spread(proxy, options.formulas)
-    config = {"script": "check_proxy", "options": recorded_options(options, RECORDED), "formulas": chosen}
+    chosen = spread(proxy, options.formulas, source.inherit)
+    config = {"script": "check_proxy", "options": recorded(options, (*RECORDED, *EXTENDABLE)), "formulas": chosen}
+    extendable = [f"options.{name}" for name in EXTENDABLE]
     task = full_task(source, seed=FRESH_SEEDS + options.seed)
     workers = options.workers or source.preset.workers
     candidates = [
-        (Candidate(Formula.parse(text), True, seed), "long") for seed in range(options.seeds) for text in chosen
+        (Candidate(Formula.parse(text), source.inherit, seed), "long")
+        for seed in range(options.seeds or SEEDS)
+        for text in chosen
     ]
-    with start_or_resume(folder, config), ray_running(options.address, cpus=workers * source.preset.threads):
+    with (
+        start_or_resume(folder, config, extendable),
+        ray_running(options.address, cpus=workers * source.preset.threads),
+    ):
         records = run_list(candidates, task, folder / "long", workers, "long")
     if records is None:
         print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
@@ -71,20 +70,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed check are the recorded ones."""
     parser = common_options(__doc__ or "")
     parser.add_argument("--run", type=Path, help="a finished run of search_distiller.py")
-    parser.add_argument("--formulas", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--seeds", type=int, default=2, help="full trainings of each (default: 2)")
-    options = parser.parse_args(argv)
-    if options.resume:
-        options = with_recorded(options, RECORDED)
+    parser.add_argument("--formulas", type=positive, default=10, help="how many (default: 10)")
+    parser.add_argument("--seeds", type=positive, help=f"full trainings of each (default: {SEEDS})")
+    options = parsed(parser, argv, "check_proxy", RECORDED, EXTENDABLE)
     if options.run is None:
         parser.error("--run RUN is needed: a finished run of search_distiller.py")
     return options
 
 
-def spread(proxy: object, count: int) -> list[str]:
+def spread(proxy: pd.DataFrame, count: int, inherit: bool) -> list[str]:
     """Formulas at even distances of the run's ranking, the first and the last included."""
-    ranked = leaderboard(proxy)  # type: ignore[arg-type]
-    texts = ranked[(ranked["formula"] != "none") & ranked["inherit"]]["formula"].tolist()
+    ranked = leaderboard(proxy)
+    texts = ranked[(ranked["formula"] != "none") & (ranked["inherit"] == inherit)]["formula"].tolist()
     if len(texts) < 2 or count < 2:
         raise ValueError(f"Expected at least two formulas to compare, found {len(texts)} completed in the run.")
     places = [round(i * (len(texts) - 1) / (count - 1)) for i in range(count)]

@@ -13,6 +13,7 @@ the full schedule with the same seeds, and measured on the split asked for. Stop
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,19 +21,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import (
-    INTERRUPTED,
-    SearchRun,
-    common_options,
-    full_task,
-    main_of,
-    new_folder,
-    read_search,
-    recorded_options,
-    run_list,
-    start_or_resume,
-    with_recorded,
-)
+from options import INTERRUPTED, common_options, main_of, new_folder, parsed, positive, recorded, share
+from runs import SearchRun, full_task, read_search, run_list, start_or_resume
 
 from autodet.distill import PUBLISHED, Formula
 from autodet.distill.grammar import WEIGHTS
@@ -43,7 +33,8 @@ from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import EMPTY, Candidate
 
-RECORDED = ("run", "rivals", "formula", "tune", "seeds", "split", "fraction", "seed")
+RECORDED = ("run", "rivals", "formula", "tune", "split", "fraction", "seed")
+EXTENDABLE = ("workers", "seeds")
 BASELINE = "inherit-only"
 FOUND = "found"
 FRESH_SEEDS = 1000  # far from those that the search chose by
@@ -55,9 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "compare-distillers")
     source = read_search(options.run)
     found = Formula.parse(options.formula) if options.formula else source.found
-    config = {"script": "compare_distillers", "options": recorded_options(options, RECORDED), "found": str(found)}
+    config = {"script": "compare_distillers", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
+    config["found"] = str(found)
+    extendable = [f"options.{name}" for name in EXTENDABLE]
     workers = options.workers or source.preset.workers
-    with start_or_resume(folder, config), ray_running(options.address, cpus=workers * source.preset.threads):
+    with (
+        start_or_resume(folder, config, extendable),
+        ray_running(options.address, cpus=workers * source.preset.threads),
+    ):
         tuned = tune_rivals(options, source, folder / "tune", workers)
         finished = tuned is not None and compare(options, source, folder / "compare", tuned | {FOUND: found}, workers)
     if not finished:
@@ -76,12 +72,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--formula", help="compare this formula instead of the one that the run found")
     add("--rivals", nargs="*", default=["detkds", "fitnets", "pkd", "cwd"], choices=sorted(PUBLISHED), help="published")
     add("--tune", type=int, help="evaluations for each rival's weight (default: as many as the run gave to each input)")
-    add("--seeds", type=int, help="paired seeds (default: the preset's)")
+    add("--seeds", type=positive, help="paired seeds (default: the preset's)")
     add("--split", choices=("val", "test"), default="test", help="where AP is measured (default: test)")
-    add("--fraction", type=float, help="share of the training images (default: the run's full schedule)")
-    options = parser.parse_args(argv)
-    if options.resume:
-        options = with_recorded(options, RECORDED)
+    add("--fraction", type=share, help="share of the training images (default: the run's full schedule)")
+    options = parsed(parser, argv, "compare_distillers", RECORDED, EXTENDABLE)
     if options.run is None:
         parser.error("--run RUN is needed: a finished run of search_distiller.py")
     return options
@@ -92,13 +86,13 @@ def tune_rivals(
 ) -> dict[str, Formula] | None:
     """Each rival with the weight that is best by the mean over replicates of the proxy. None if interrupted."""
     evaluations = source.evaluations_per_input if options.tune is None else options.tune
-    replicates = round(evaluations / len(WEIGHTS))
+    replicates = math.ceil(evaluations / len(WEIGHTS))
     plain = {name: unit_weights(PUBLISHED[name].formula, source.task.normalise) for name in options.rivals}
     if replicates < 1:
         return plain
     variants = {name: [scaled(formula, weight) for weight in WEIGHTS] for name, formula in plain.items()}
     candidates = [
-        (Candidate(formula, True, replicate), name)
+        (Candidate(formula, source.inherit, replicate), name)
         for replicate in range(replicates)
         for name, formulas in variants.items()
         for formula in formulas
@@ -117,7 +111,9 @@ def compare(
 ) -> bool:
     """Train and measure every arm with every seed; False if interrupted."""
     task = full_task(source, seed=FRESH_SEEDS + options.seed, split=options.split, fraction=options.fraction)
-    arms = {"undistilled": (EMPTY, False), BASELINE: (EMPTY, True)} | {n: (f, True) for n, f in formulas.items()}
+    arms = {"undistilled": (EMPTY, False), BASELINE: (EMPTY, True)} | {
+        name: (formula, source.inherit) for name, formula in formulas.items()
+    }
     arms = without_twins(arms)
     seeds = range(options.seeds or source.preset.seeds)
     # Seed by seed, so that an interrupted comparison holds complete pairs.

@@ -16,28 +16,24 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from common import (
-    INTERRUPTED,
+from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded, share
+from pictures import save_student_pictures
+from presets import PRESETS, Preset
+from runs import (
+    check_teacher,
     checked_labels,
-    common_options,
     data_folder,
-    given_or_trained_teacher,
-    main_of,
-    new_folder,
-    recorded_options,
     run_list,
     save_search,
     say_candidate,
     start_or_resume,
-    with_recorded,
+    trained_teacher,
 )
-from pictures import save_student_pictures
-from presets import PRESETS, Preset
 
 from autodet.detectors import DetectorSpec, load_detector
 from autodet.distill import PUBLISHED, Formula, comparable_inputs
 from autodet.results.report import write_report
-from autodet.runtime.cluster import ray_running
+from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.tune_search import run_session
 from autodet.search import (
     EMPTY,
@@ -52,38 +48,33 @@ from autodet.search import (
 from autodet.training import Task, Workbench
 
 RECORDED = (
-    "preset",
-    "data",
-    "cache",
-    "teacher",
-    "student",
-    "inherit",
-    "normalise",
-    "seed",
-    "full_fraction",
-    "search",
-    "proxy_size",
+    *("preset", "data", "cache", "teacher", "student", "seed"),
+    *("inherit", "normalise", "search", "proxy_size", "full_fraction"),
 )
-EXTENDABLE = ("workers", "search.budget_per_input", "search.weights_budget")
+EXTENDABLE = ("workers", "budget_per_input", "weights_budget")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check everything, search, train the students, report."""
     options = parse(argv)
     folder = options.resume or new_folder(options.output, "search-distiller")
+    check_address(options.address)
     preset = adjusted(PRESETS[options.preset], options)
-    task = proxy_task(preset, options, folder)
+    task = full_size_task(preset, options)
+    if options.teacher is not None:
+        check_teacher(options.teacher, task.student)
     workers = options.workers or preset.workers
     config = {
         "script": "search_distiller",
-        "options": recorded_options(options, RECORDED),
-        "workers": workers,
+        "options": recorded(options, (*RECORDED, *EXTENDABLE)),
         "search": asdict(preset.search),
         "recipes": {"proxy": asdict(preset.proxy), "full": asdict(preset.full), "teaching": asdict(preset.teaching)},
         "student": str(task.student),
     }
-    with start_or_resume(folder, config, EXTENDABLE) as ledger:
-        task = replace(task, teacher=str(given_or_trained_teacher(options, preset, task, folder)))
+    extendable = [*(f"options.{name}" for name in EXTENDABLE), "search.budget_per_input", "search.weights_budget"]
+    with start_or_resume(folder, config, extendable) as ledger:
+        teacher = options.teacher or trained_teacher(preset, task, folder)
+        task = replace(task, teacher=str(teacher.resolve()))
         proxy = replace(task, student=task.student.at_size(options.proxy_size)) if options.proxy_size else task
         search = make_search(preset, proxy, options)
         with ray_running(options.address, cpus=workers * preset.threads):
@@ -109,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed run are the recorded ones, except budgets, workers and address."""
     parser = common_options(__doc__ or "")
+    data_options(parser)
     add = parser.add_argument
     add(
         "--teacher",
@@ -124,16 +116,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="divide each term by its median over the first steps, so that weights mean the same for all",
     )
     add("--search", choices=("divide", "flat", "random"), default="divide", help="divide and conquer, or a baseline")
-    add("--budget-per-input", type=int, help="candidates of each knowledge input (default: the preset's)")
-    add("--weights-budget", type=int, help="candidates of the weight phase (default: the preset's)")
-    add("--proxy-size", type=int, help="shorter side of the proxy's images in pixels (default: the student's)")
+    add("--budget-per-input", type=positive, help="candidates of each knowledge input (default: the preset's)")
+    add("--weights-budget", type=positive, help="candidates of the weight phase (default: the preset's)")
+    add("--proxy-size", type=positive, help="shorter side of the proxy's images in pixels (default: the student's)")
     add(
         "--full-fraction",
-        type=float,
+        type=share,
         help="share of the training images for the final students (default: the preset's)",
     )
-    options = parser.parse_args(argv)
-    return with_recorded(options, RECORDED) if options.resume else options
+    return parsed(parser, argv, "search_distiller", RECORDED, EXTENDABLE)
 
 
 def adjusted(preset: Preset, options: argparse.Namespace) -> Preset:
@@ -147,7 +138,7 @@ def adjusted(preset: Preset, options: argparse.Namespace) -> Preset:
     return replace(preset, search=search, full_fraction=fraction)
 
 
-def proxy_task(preset: Preset, options: argparse.Namespace, folder: Path) -> Task:
+def full_size_task(preset: Preset, options: argparse.Namespace) -> Task:
     """How a candidate is trained and judged. The teacher is filled in later: it may have to be trained first."""
     data = data_folder(options, preset)
     return Task(
@@ -165,10 +156,10 @@ def proxy_task(preset: Preset, options: argparse.Namespace, folder: Path) -> Tas
 
 
 def student_spec(student: str | None, preset: Preset) -> DetectorSpec:
-    """The preset's student, or the structure of the user's."""
+    """The preset's student, or the structure of the user's: a text has blanks or tabs, a path to a file has none."""
     if student is None:
         return preset.student
-    return load_detector(Path(student))[0].spec if Path(student).exists() else DetectorSpec.parse(student)
+    return DetectorSpec.parse(student) if len(student.split()) > 1 else load_detector(Path(student))[0].spec
 
 
 def make_search(preset: Preset, task: Task, options: argparse.Namespace) -> AskTell:
@@ -209,6 +200,9 @@ def train_students(
         return None
     for record in records:
         print(f"  {record.group:13} AP {record.ap if record.ap is None else round(record.ap, 4)}")
+    lost = [f"{record.group}: {record.cause}" for record in records if record.weights is None]
+    if lost:
+        raise ValueError(f"Students failed ({'; '.join(lost)}). Mend the cause, delete {folder} and resume.")
     return {r.group: Path(weights) / f"{r.weights}.safetensors" for r in records if r.weights}
 
 

@@ -12,22 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from common import (
-    checked_labels,
-    common_options,
-    data_folder,
-    main_of,
-    new_folder,
-    recorded_options,
-    say_epoch,
-    start_or_resume,
-    with_recorded,
-)
+from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from presets import PRESETS, Preset
+from runs import checked_labels, data_folder, say_epoch, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import DetectorSpec, detect, load_detector
@@ -43,12 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "train-detector")
     preset = PRESETS[options.preset]
     task = plain_task(options, preset, folder)
-    config = {"script": "train_detector", "options": recorded_options(options, RECORDED)}
+    config = {"script": "train_detector", "options": recorded(options, RECORDED)}
     config["task"] = json.loads(task.to_json())
     with start_or_resume(folder, config):
-        weights = train_plain(task, folder / "training", say_epoch(options.role))
         result = folder / f"{options.role}.safetensors"
-        shutil.copyfile(weights, result)
+        if not result.exists():
+            weights = train_plain(task, folder / "training", say_epoch(options.role))
+            os.replace(weights, result)
     report(task, result)
     return 0
 
@@ -56,13 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed training are the recorded ones."""
     parser = common_options(__doc__ or "", runs_ray=False)
+    data_options(parser)
     add = parser.add_argument
     add("--role", choices=("teacher", "student"), default="teacher", help="which of the preset's detectors and recipes")
     add("--spec", help="another detector, as a DetectorSpec's text (its labels are replaced by the data's)")
-    add("--epochs", type=int, help="default: the preset's")
+    add("--epochs", type=positive, help="default: the preset's")
     add("--split", choices=("val", "test"), default="val", help="where AP is measured (default: val)")
-    options = parser.parse_args(argv)
-    return with_recorded(options, RECORDED) if options.resume else options
+    return parsed(parser, argv, "train_detector", RECORDED)
 
 
 def plain_task(options: argparse.Namespace, preset: Preset, folder: Path) -> Task:
@@ -89,14 +81,15 @@ def report(task: Task, path: Path) -> None:
     """Print what the file's detector is, its twelve numbers, and its cost."""
     bench = Workbench(task)
     detector, notes = load_detector(path)
+    detector.to(task.device)
     metrics = bench.measure(detector)
     print(f"\n{path}\n{detector.spec}\nseed {notes['seed']}, {task.settings.epochs} epochs, split {task.split}")
     print(
         f"trained at {notes['images_per_second']} images/s, {notes['overhead']:.1%} outside forward, backward and step"
     )
     print("  ".join(f"{name} {'–' if value is None else f'{value:.3f}'}" for name, value in metrics.to_json().items()))
-    images = bench.eval_loader.load(BatchKey((0,), (False,))).images
-    cost = cost_of(lambda: detect(detector, images), detector.model, threads=task.threads)
+    images = [image.to(task.device) for image in bench.eval_loader.load(BatchKey((0,), (False,))).images]
+    cost = cost_of(lambda: detect(detector, images), detector.model, task.device, threads=task.threads)
     print(
         f"{cost.params_m:.2f} M parameters, {cost.macs_g:.2f} G MACs, "
         f"{cost.latency_ms:.1f} ms an image (median; 90 % below {cost.latency_p90_ms:.1f}) "

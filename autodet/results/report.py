@@ -215,8 +215,8 @@ def _settings(ledger: Ledger) -> str:
 def _repeat(ledger: Ledger, run_dir: Path) -> str:
     script = ledger.config.get("script")
     command = ledger.about["about"].get("command")
-    lines = [str(command)] if command else []
-    if script:
+    lines = [command if isinstance(command, str) else shlex.join(["python", *command])] if command else []
+    if script and ledger.config.get("options"):  # a run inside another's folder is continued with it
         lines += [f"python experiments/{script}.py --resume {shlex.quote(str(run_dir))}   # continue this run"]
     lines += [f"python experiments/analyze.py {shlex.quote(str(run_dir))}   # write this page again"]
     about = {key: value for key, value in ledger.about["about"].items() if key != "command"}

@@ -21,14 +21,8 @@ DEFAULTS = {
 }
 
 
-@contextmanager
-def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[None]:
-    """Ray for the time of the block, unless this process has it already.
-
-    ``auto`` joins the cluster this machine is part of, ``local`` starts one here.
-
-    Ray Client addresses (``ray://``) are refused: they would move the ledger's writer away from its disk.
-    """
+def check_address(address: str) -> None:
+    """ValueError unless ``auto`` or ``local``; Ray Client (``ray://``) would move the ledger's writer off its disk."""
     if address.startswith("ray://"):
         raise ValueError(
             f"--address {address}: Ray Client is not supported. Submit the script to the cluster instead: "
@@ -36,6 +30,15 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
         )
     if address not in ("auto", "local"):
         raise ValueError(f"--address {address!r}: expected 'auto' (inside a cluster) or 'local'.")
+
+
+@contextmanager
+def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[None]:
+    """Ray for the time of the block, unless this process has it already.
+
+    ``auto`` joins the cluster this machine is part of, ``local`` starts one here.
+    """
+    check_address(address)
     if ray.is_initialized():  # the caller's own, which stays running
         yield
         return

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from ray import tune
 
+from autodet.data import DatasetError
+from autodet.detectors.weights import WeightsError
 from autodet.search.candidate import Candidate
 from autodet.training import Epoch, Task, Workbench
 
 METRIC = "ap"
+ENVIRONMENT = "environment"  # an outcome's status where the machine failed, not the candidate
 
 # Reused processes find data, caches, and teacher here; keyed by the task, so another run's task never meets them.
 _workbenches: dict[str, Workbench] = {}
@@ -38,8 +41,12 @@ def make_trainable(task: Task, folder: Path) -> Callable[[Mapping[str, Any]], No
         candidate = Candidate.from_json(config["candidate"])
         try:
             outcome = run_candidate(_workbench(text, task), candidate, Path(root) / name, tune.report)
-        # Whatever it was, it is this candidate's end and goes into its record. Raised, Tune would train it again and
-        # then forget the cause. Tune's own request to stop is no Exception and passes.
+        except (OSError, DatasetError, WeightsError) as error:
+            # No fault of the candidate: a full disk, data or weights that this machine cannot read. It stays open, and
+            # the run stops, to go on once that is mended.
+            outcome = {"status": ENVIRONMENT, "ap": None, "cause": f"{type(error).__name__}: {error}"}
+        # Whatever else it was, it is this candidate's end and goes into its record. Raised, Tune would train it again
+        # and then forget the cause. Tune's own request to stop is no Exception and passes.
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             outcome = {"status": "failed", "ap": None, "seed": task.seed + candidate.replicate, "cause": cause}

@@ -14,9 +14,9 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from autodet.distill.grammar import formula_from_choices
-from autodet.runtime.trial import METRIC, make_trainable
-from autodet.search.candidate import FINISHED, WAIT, Ask, Candidate
-from autodet.search.session import Session
+from autodet.runtime.trial import ENVIRONMENT, METRIC, make_trainable
+from autodet.search.candidate import FINISHED, WAIT, Answer, Ask, Candidate
+from autodet.search.session import MachineError, Session
 from autodet.training import Task
 
 WORKER_FAILURES = 3  # a lost worker's candidate goes on from its checkpoint this many times before it counts as failed
@@ -35,9 +35,11 @@ class SessionSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next candidate as a config; None to be asked again, FINISHED at the end."""
         session = self._live()
+        if session.broken is not None:
+            return None
         if len(session.running) >= self._workers:
             return None  # Tune queues a trial ahead; asking early would decide without results that are due
-        answer = session.next()
+        answer: Answer = session.guarded(session.next, WAIT)
         if answer is FINISHED:
             return str(Searcher.FINISHED)
         if answer is WAIT:
@@ -51,8 +53,13 @@ class SessionSearcher(Searcher):
         """The end of a trial: completed or failed by its own word, stopped, or lost with its worker."""
         outcome = (result or {}).get("outcome")
         payload = json.loads(outcome) if outcome and not error else None
-        number = self._ids[trial_id]
-        self._live().tell(number, payload, f"its worker was lost {WORKER_FAILURES + 1} times" if error else "")
+        number, session = self._ids[trial_id], self._live()
+        if payload is not None and payload["status"] == ENVIRONMENT:
+            session.broken = session.broken or MachineError(payload["cause"])
+        lost = f"its worker was lost {WORKER_FAILURES + 1} times" if error else ""
+        session.guarded(lambda: session.tell(number, payload, lost), None)
+        if session.broken is not None:
+            return
         shutil.rmtree(self._checkpoints / f"{number:06d}", ignore_errors=True)  # told: nothing resumes from it
 
     def save(self, checkpoint_path: str) -> None:
@@ -82,11 +89,12 @@ class SessionStopper(Stopper):
             return False
         ap = float(result[METRIC]) if result["measured"] else None
         details = {"seconds": result["seconds"], "losses": json.loads(result["losses"]), "pid": result["pid"]}
-        return self._session.report(int(result["config"]["id"]), int(result["epoch"]), ap, details)
+        session, id, epoch = self._session, int(result["config"]["id"]), int(result["epoch"])
+        return session.guarded(lambda: session.report(id, epoch, ap, details), True)
 
     def stop_all(self) -> bool:
-        """Never: the searcher ends the run."""
-        return False
+        """True once the session cannot go on; otherwise the searcher ends the run."""
+        return self._session is not None and self._session.broken is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_session": None}
@@ -102,6 +110,7 @@ def run_session(
     """Run a session's candidates as Tune trials until its search has finished, or Ctrl-C. Ray must be running.
 
     A trial takes ``task.threads`` CPUs; at most ``workers`` run at a time and keep their process between candidates.
+    Raises what stopped it: MachineError where a machine failed, or the ledger's error (a full disk, a lost lease).
     """
     folder = run_folder.resolve()
     config = tune.TuneConfig(
@@ -112,6 +121,8 @@ def run_session(
         trial_dirname_creator=_trial_name,
     )
     _tuner(task, folder, config, gpus_per_trial, SessionStopper(session)).fit()
+    if session.broken is not None:
+        raise session.broken
 
 
 def run_searcher(searcher: Searcher, task: Task, run_folder: Path, samples: int, workers: int) -> tune.ResultGrid:

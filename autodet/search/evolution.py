@@ -94,7 +94,7 @@ class Evolution:
     ) -> Iterator[tuple[Formula, tuple[int, ...], Origin]]:
         """Formulas in the order in which they should be tried, with parents and origin."""
         rng = rng_for(self.seed, len(history.asks), self.group)
-        if index < max(self.breeding.population, len(self.space.given)):
+        if index < self.breeding.population:
             yield from ((formula, (), "given") for formula in self.space.given)
         else:
             members = self._members(history, founders)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from autodet.ledger import Ledger
+from autodet.ledger import LeaseLost, Ledger, LedgerError
 from autodet.search.candidate import FINISHED, WAIT, Ask, Search, Signal, Status
 
+T = TypeVar("T")
 OnTold = Callable[[Ask, Mapping[str, Any]], None]  # called with each candidate and its told event's payload
+
+
+class MachineError(RuntimeError):
+    """A machine cannot go on; what was recorded stands, and the run resumes once the cause is mended."""
 
 
 class Session:
@@ -22,6 +27,7 @@ class Session:
     def __init__(self, ledger: Ledger, search: Search, on_told: OnTold | None = None) -> None:
         self._ledger, self._search, self._on_told = ledger, search, on_told
         self.finished = False
+        self.broken: Exception | None = None
         self._verdicts: dict[tuple[int, int], bool] = {}
         self._last_ap: dict[int, float] = {}
         self._stopped: set[int] = set()
@@ -79,6 +85,18 @@ class Session:
         ask = self.running.pop(id)
         if self._on_told is not None:
             self._on_told(ask, told)
+
+    def guarded(self, step: Callable[[], T], instead: T) -> T:
+        """A step's answer; ``instead`` where the ledger cannot be written, now or before, which ``broken`` then holds.
+
+        For drivers that would swallow the error, or take it for the candidate's and train it again.
+        """
+        if self.broken is None:
+            try:
+                return step()
+            except (LedgerError, LeaseLost, OSError) as error:
+                self.broken = error
+        return instead
 
     def _unfinished(self, id: int, cause: str) -> dict[str, Any]:
         epochs = max((epoch for other, epoch in self._verdicts if other == id), default=0)

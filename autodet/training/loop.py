@@ -1,4 +1,4 @@
-"""The one training loop. Every script and every candidate of a search trains through ``train``."""
+"""The one training loop. Every script and every candidate of a search trains through ``Trainer``."""
 
 from __future__ import annotations
 

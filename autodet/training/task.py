@@ -165,10 +165,11 @@ class Workbench:
         )
 
     def probe(self, inherit: bool = True) -> Probe:
-        """Judges formulas on the first batch of the training, with an untrained student."""
+        """Judges formulas on one full batch of the training, with an untrained student."""
         if self.teacher is None:
             raise ValueError("A probe needs a teacher; the task names none.")
-        batch = self.train_loader.load(self.train_loader.keys(0)[0])
+        largest = max(self.train_loader.keys(0), key=lambda key: len(key.indices))  # an epoch may end with a small one
+        batch = self.train_loader.load(largest)
         student, _ = self.student(self.task.seed, inherit)
         student.to(self.task.device).train()
         taught = self.teacher(batch)

@@ -17,7 +17,7 @@ import compare_distillers
 import pytest
 import search_distiller
 import train_detector
-from common import main_of
+from options import main_of
 
 from autodet.data import write_shapes
 from autodet.detectors import load_detector
@@ -69,8 +69,21 @@ def test_a_search_gives_formula_students_table_and_pictures(search_run: Path) ->
 def test_a_comparison_reports_paired_differences(
     search_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--run", str(search_run), "--rivals", "pkd", "--tune", "7", "--seeds", "2", "--split", "test"]
-    assert compare_distillers.main([*arguments, *SMOKE, "--output", str(tmp_path / "compare")]) == 0
+    arguments = [
+        "--run",
+        str(search_run),
+        "--rivals",
+        "pkd",
+        "--tune",
+        "7",
+        "--seeds",
+        "2",
+        "--split",
+        "test",
+        "--workers",
+        "1",
+    ]
+    assert compare_distillers.main([*arguments, "--output", str(tmp_path / "compare")]) == 0
     tuned = read_run(tmp_path / "compare" / "tune")
     assert len(tuned) == 7 and tuned["formula"].nunique() == 7
     frame = read_run(tmp_path / "compare" / "compare")
@@ -79,15 +92,30 @@ def test_a_comparison_reports_paired_differences(
     best = tuned.sort_values("ap", ascending=False, kind="stable").iloc[0]["formula"]
     assert set(frame[frame["group"] == "pkd"]["formula"]) == {best}
     assert "difference to inherit-only" in capsys.readouterr().out
+    assert compare_distillers.main(["--resume", str(tmp_path / "compare"), "--seeds", "3"]) == 0  # extended
+    assert len(read_run(tmp_path / "compare" / "compare")) == 12
 
 
 def test_the_proxy_is_checked_against_longer_training(
     search_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--run", str(search_run), "--formulas", "3", "--seeds", "1", "--output", str(tmp_path / "proxy")]
-    assert check_proxy.main([*arguments, *SMOKE]) == 0
+    arguments = [
+        "--run",
+        str(search_run),
+        "--formulas",
+        "3",
+        "--seeds",
+        "1",
+        "--output",
+        str(tmp_path / "proxy"),
+        "--workers",
+        "1",
+    ]
+    assert check_proxy.main(arguments) == 0
     assert len(read_run(tmp_path / "proxy" / "long")) == 3
     assert "rank correlation" in capsys.readouterr().out
+    assert check_proxy.main(["--resume", str(tmp_path / "proxy")]) == 0
+    assert len(read_run(tmp_path / "proxy" / "long")) == 3
 
 
 def test_analyze_reads_the_run(search_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +151,7 @@ def test_a_stopped_and_a_killed_driver_resume_to_the_same_asks(
 ) -> None:
     """SIGTERM, then kill -9 of the driver in the middle of the search; each time its Ray dies with it."""
     folder = tmp_path / "killed"
-    resume = ["--resume", str(folder), "--workers", "1"]
+    resume = ["--resume", str(folder)]
     assert stop_after(2, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
     assert not (folder / "lease.json").exists()
     assert stop_after(6, signal.SIGKILL, folder, resume) == -signal.SIGKILL
@@ -133,6 +161,11 @@ def test_a_stopped_and_a_killed_driver_resume_to_the_same_asks(
     assert events[: len(before)] == before
     assert told(events) == list(range(len(asks_of(folder))))
     assert asks_of(folder) == asks_of(search_run)
+    # Finished, it is extended: what was asked stands, and the students follow what is found then.
+    assert search_distiller.main([*resume, "--weights-budget", "8"]) == 0
+    extended = read_run(folder)
+    assert Ledger.open(folder).events()[: len(events)] == events
+    assert (extended["phase"] == "weights").sum() == 8 and (extended["status"] != "running").all()
 
 
 @pytest.mark.parametrize(
@@ -146,6 +179,8 @@ def test_a_stopped_and_a_killed_driver_resume_to_the_same_asks(
         (["--output", "taken"], "holds a run already"),
         (["--address", "ray://head:10001"], "ray job submit"),
         (["--budget-per-input", "1", "--preset", "cpu"], "generations"),
+        (["--full-fraction", "5"], "at most 1"),
+        (["--workers", "0"], "at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -168,10 +203,23 @@ def test_a_mistake_is_one_clear_line_and_code_2(
     shutil.copyfile(teacher_file, tmp_path / "other.safetensors")
     Ledger.create(tmp_path / "taken", {}).close()
     given = ["--data", str(data)] if "--data" not in arguments else []
-    code = main_of(lambda _: search_distiller.main([*SMOKE, *cache, *given, "--output", "new", *arguments]))
+    command = [*SMOKE, *cache, *given, "--output", "new", *arguments]
+    try:
+        code = main_of(lambda _: search_distiller.main(command))
+    except SystemExit as exit:  # argparse's own
+        code = int(str(exit.code))
     error = capsys.readouterr().err
     assert code == 2 and "error: " in error and message in error
     assert "Traceback" not in error
+    assert not (tmp_path / "new").exists()  # the name is free for the corrected command
+
+
+def test_a_resumed_run_keeps_its_settings(search_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--seed 5 with --resume: the run was started with 0"):
+        search_distiller.main(["--resume", str(search_run), "--seed", "5"])
+    with pytest.raises(ValueError, match="is a run of search_distiller, expected one of check_proxy"):
+        check_proxy.main(["--resume", str(search_run)])
+    assert search_distiller.parse(["--resume", str(search_run)]).workers == 1
 
 
 def test_every_script_says_what_it_is_for() -> None:

@@ -14,11 +14,12 @@ import pytest
 from ray.tune.search.optuna import OptunaSearch
 
 from autodet.distill import Formula
-from autodet.ledger import Ledger
+from autodet.ledger import Ledger, WriteError
 from autodet.records import Record
 from autodet.runtime.cluster import ray_running
 from autodet.runtime.tune_search import OptunaSpace, run_searcher, run_session
 from autodet.search import EMPTY, FINISHED, Ask, Candidate, FixedList, Session
+from autodet.search.session import MachineError
 from autodet.training import Task, TrainSettings
 
 KD = Formula.parse("logits.roi: softmax(c, t=2) | kl * 1")
@@ -179,3 +180,41 @@ def test_a_finished_session_stays_finished(tmp_path: Path) -> None:
         assert isinstance(ask, Ask)
         session.tell(ask.id, {"status": "completed", "ap": 0.1})
         assert session.next() is FINISHED and session.finished
+
+
+def test_a_machine_that_fails_stops_the_run_and_the_candidate_stays_open(
+    ray_cluster: None, task: Task, tmp_path: Path
+) -> None:
+    broken = replace(task, cache=str(tmp_path / "file" / "cache"))
+    (tmp_path / "file").write_text("no folder can be made in a file")
+    with Ledger.create(tmp_path / "run", {}) as ledger:
+        session = Session(ledger, FixedList(candidates(2)))
+        with pytest.raises(MachineError, match="NotADirectoryError"):
+            run_session(session, broken, tmp_path / "run", workers=1)
+        assert [event.kind for event in ledger.events()] == ["asked"]
+    with Ledger.resume(tmp_path / "run") as ledger:
+        session = Session(ledger, FixedList(candidates(2)))
+        run_session(session, task, tmp_path / "run", workers=1)
+        assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2
+
+
+def test_a_full_disk_under_the_ledger_stops_the_run_with_its_error(
+    ray_cluster: None, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, FixedList(candidates(2)))
+        append = ledger.append
+
+        def full(kind: Any, id: int, payload: Mapping[str, Any]) -> Any:
+            if kind == "told":
+                raise WriteError(28, "no space left")
+            return append(kind, id, payload)
+
+        with monkeypatch.context() as patch, pytest.raises(WriteError):
+            patch.setattr(ledger, "append", full)
+            run_session(session, task, tmp_path, workers=1)
+        assert [event.kind for event in ledger.events() if event.kind != "reported"] == ["asked"]
+    with Ledger.resume(tmp_path) as ledger:
+        session = Session(ledger, FixedList(candidates(2)))
+        run_session(session, task, tmp_path, workers=1)
+        assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2

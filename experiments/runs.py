@@ -1,4 +1,4 @@
-"""What the scripts share: common options, data that is given or generated, runs that start or go on, clear errors."""
+"""Runs: starting or resuming one, the data and teacher it needs, lists of trainings, and finished searches."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import argparse
 import json
 import logging
 import platform
-import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -23,61 +20,11 @@ from autodet.atomic import atomic_write_json
 from autodet.data import read_dataset, write_shapes
 from autodet.detectors import DetectorSpec, load_detector
 from autodet.distill import Formula
-from autodet.lease import LeaseHeld, LeaseLost
-from autodet.ledger import Ledger, LedgerError
+from autodet.ledger import Ledger
 from autodet.records import Record
 from autodet.runtime.tune_search import run_session
 from autodet.search import Ask, Best, Candidate, FixedList, Session
 from autodet.training import Task, check_same_labels, train_plain
-
-USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost)
-INTERRUPTED = 130
-
-
-def common_options(description: str, runs_ray: bool = True) -> argparse.ArgumentParser:
-    """The options that every script which trains has."""
-    title = description.strip().splitlines()[0]
-    parser = argparse.ArgumentParser(description=title)
-    add = parser.add_argument
-    add("--data", type=Path, help="COCO-format folder (default: generated shapes)")
-    add("--output", type=Path, help="the run's folder (default: runs/<script>-<time>)")
-    add("--preset", choices=("smoke", "demo", "cpu", "gpu"), default="demo", help="scale of the run (default: demo)")
-    add(
-        "--cache",
-        type=Path,
-        default=Path("runs/cache"),
-        help="decoded images and teacher outputs (default: runs/cache)",
-    )
-    add("--seed", type=int, default=0, help="decides every random choice (default: 0)")
-    add("--resume", type=Path, metavar="RUN", help="continue a run with its own settings")
-    if runs_ray:
-        add("--address", default="local", help="'auto' inside a Ray cluster; 'local' (default) starts Ray here")
-        add("--workers", type=int, help="trainings at a time (default: the preset's)")
-    return parser
-
-
-def new_folder(output: Path | None, script: str) -> Path:
-    """The folder of a new run; ValueError where it holds one already."""
-    folder = output or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "config.json").exists():
-        raise ValueError(f"--output {folder} holds a run already: continue it with --resume {folder}, or name another.")
-    return folder
-
-
-def with_recorded(options: argparse.Namespace, names: Sequence[str]) -> argparse.Namespace:
-    """The options with the values that a resumed run was started with, for all ``names``."""
-    recorded = Ledger.open(options.resume).config["options"]
-    values = {name: recorded[name] for name in names}
-    for name in ("data", "cache", "teacher"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    return argparse.Namespace(**(vars(options) | values))
-
-
-def recorded_options(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The options that decide a run's result, as JSON values; paths absolute, so that a run resumes from anywhere."""
-    values = {name: getattr(options, name) for name in names}
-    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def start_or_resume(folder: Path, config: Mapping[str, Any], extendable: Sequence[str] = ()) -> Ledger:
@@ -103,13 +50,19 @@ def checked_labels(data: Path) -> tuple[tuple[int, str], ...]:
     return tuple((category.id, category.name) for category in read_dataset(data)["train"].categories)
 
 
-def given_or_trained_teacher(options: argparse.Namespace, preset: Preset, task: Task, folder: Path) -> Path:
-    """The teacher's file: the user's, checked, or one trained here with the preset's recipe on all cores."""
-    if options.teacher is not None:
-        path = Path(options.teacher).resolve()
-        check_same_labels(load_detector(path)[0].spec, task.student, str(path))
-        return path
-    return train_plain(teacher_task(preset, task, folder), folder / "teacher", say_epoch("teacher"))
+def check_teacher(path: Path, student: DetectorSpec) -> None:
+    """ValueError where a given teacher cannot be read, or does not know the data's classes."""
+    check_same_labels(load_detector(path)[0].spec, student, str(path))
+
+
+def trained_teacher(preset: Preset, task: Task, folder: Path) -> Path:
+    """The file of a teacher trained here with the preset's recipe on all cores, once."""
+    finished = sorted((folder / "teacher").glob("*.safetensors"))
+    return (
+        finished[0]
+        if finished
+        else train_plain(teacher_task(preset, task, folder), folder / "teacher", say_epoch("teacher"))
+    )
 
 
 def teacher_task(preset: Preset, task: Task, folder: Path) -> Task:
@@ -135,6 +88,7 @@ class SearchRun:
     preset: Preset
     task: Task  # the proxy's, with the teacher
     student: DetectorSpec  # at its own image size, which the proxy's may not be
+    inherit: bool
     full_fraction: float
     evaluations_per_input: int
     found: Formula
@@ -160,6 +114,7 @@ def read_search(folder: Path) -> SearchRun:
         preset=preset,
         task=Task.from_json((folder / "task.json").read_text()),
         student=DetectorSpec.parse(config["student"]),
+        inherit=bool(config["options"]["inherit"]),
         full_fraction=preset.full_fraction if fraction is None else float(fraction),
         evaluations_per_input=int(config["search"]["budget_per_input"]),
         found=Formula.parse(json.loads((folder / "found.json").read_text())["formula"]),
@@ -182,8 +137,9 @@ def run_list(
 
     Starts or resumes; Ray must be running. Each training's record is in ``folder``'s ledger.
     """
-    config = {"script": phase, "task": json.loads(task.to_json()), "arms": {arm: c.to_json() for c, arm in candidates}}
-    with start_or_resume(folder, config) as ledger:
+    arms = [[arm, candidate.to_json()] for candidate, arm in candidates]
+    config = {"script": phase, "task": json.loads(task.to_json()), "arms": arms}
+    with start_or_resume(folder, config, extendable=("arms",)) as ledger:
         session = Session(ledger, FixedList(candidates, phase), say_candidate(len(candidates)))
         run_session(session, task, folder, workers, gpus_per_trial=float(task.device == "cuda"))
         return ledger.write_views() if session.finished else None
@@ -211,22 +167,3 @@ def say_epoch(name: str) -> Callable[[Any, float | None], None]:
         logging.info("%s epoch %d: %s  %.1f images/s%s", name, epoch.number, losses, epoch.images_per_second, measured)
 
     return say
-
-
-def main_of(script: Callable[[list[str] | None], int]) -> int:
-    """Run a script; a user's mistake ends it with one clear message and code 2, Ctrl-C and SIGTERM with 130."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_flush_denormal(True)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return script(None)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted. What was finished is recorded; go on with --resume.", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

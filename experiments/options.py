@@ -1,0 +1,129 @@
+"""Command lines: common options, what a resumed run takes from its record, and mistakes as one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from autodet.lease import LeaseHeld, LeaseLost
+from autodet.ledger import Ledger, LedgerError
+from autodet.search.session import MachineError
+
+USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost, MachineError)
+INTERRUPTED = 130
+PATHS = ("data", "cache", "teacher", "run")
+
+
+def common_options(description: str, runs_ray: bool = True) -> argparse.ArgumentParser:
+    """The options that every script which trains has."""
+    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, help="the run's folder (default: runs/<script>-<time>)")
+    add("--resume", type=Path, metavar="RUN", help="continue a run with its own settings")
+    add("--seed", type=int, default=0, help="decides every random choice (default: 0)")
+    if runs_ray:
+        add("--address", default="local", help="'auto' inside a Ray cluster; 'local' (default) starts Ray here")
+        add("--workers", type=positive, help="trainings at a time (default: the preset's)")
+    return parser
+
+
+def data_options(parser: argparse.ArgumentParser) -> None:
+    """The options of scripts that start from data, not from another run."""
+    add = parser.add_argument
+    add("--data", type=Path, help="COCO-format folder (default: generated shapes)")
+    add("--preset", choices=("smoke", "demo", "cpu", "gpu"), default="demo", help="scale of the run (default: demo)")
+    cache = "decoded images and teacher outputs (default: runs/cache)"
+    add("--cache", type=Path, default=Path("runs/cache"), help=cache)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, as an option's type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1, as an option's type."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, found {text}")
+    return value
+
+
+def new_folder(output: Path | None, script: str) -> Path:
+    """The folder of a new run; ValueError where it holds one already."""
+    folder = output or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.json").exists():
+        raise ValueError(f"--output {folder} holds a run already: continue it with --resume {folder}, or name another.")
+    return folder
+
+
+def parsed(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    script: str,
+    names: Sequence[str],
+    extendable: Sequence[str] = (),
+) -> argparse.Namespace:
+    """The options; those of a resumed run are the recorded ones, except ``extendable`` ones that are given anew.
+
+    ValueError where RUN is another script's, or an option is given that a resumed run cannot change.
+    """
+    options = parser.parse_args(argv)
+    if options.resume is None:
+        return options
+    config = Ledger.open(options.resume).config
+    if config.get("script") != script:
+        raise ValueError(f"--resume {options.resume} is a run of {config.get('script')}, expected one of {script}.")
+    values: dict[str, Any] = {}
+    for name in (*names, *extendable):
+        given, old = getattr(options, name), config["options"][name]
+        if name in extendable and given is not None:
+            values[name] = given
+        elif given != parser.get_default(name) and _plain(given) != old:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {given} with --resume: the run was started with {old}. Leave it out, or start anew."
+            )
+        else:
+            values[name] = Path(old) if name in PATHS and old is not None else old
+    return argparse.Namespace(**(vars(options) | values))
+
+
+def recorded(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Options as JSON values; paths absolute, so that a run resumes from anywhere."""
+    return {name: _plain(getattr(options, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def main_of(script: Callable[[list[str] | None], int]) -> int:
+    """Run a script; a user's mistake ends it with one clear message and code 2, Ctrl-C and SIGTERM with 130."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    torch.set_flush_denormal(True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return script(None)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. What was finished is recorded; go on with --resume.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -118,7 +118,7 @@ PRESETS = {
         checks=(8, 12),
         full=recipe(16),
         shapes=(400, 120, 120),
-        search=divide(per_input=24, weights=24, population=6),
+        search=divide(per_input=24, weights=30, population=6),
     ),
     "gpu": Preset(
         teacher=standard(Arch.resnet101()),

@@ -87,7 +87,7 @@ def tune_rivals(
     """Each rival with the weight that is best by the mean over replicates of the proxy. None if interrupted."""
     evaluations = source.evaluations_per_input if options.tune is None else options.tune
     replicates = math.ceil(evaluations / len(WEIGHTS))
-    plain = {name: unit_weights(PUBLISHED[name].formula, source.task.normalise) for name in options.rivals}
+    plain = {name: PUBLISHED[name].weighted(source.task.normalise) for name in options.rivals}
     if replicates < 1:
         return plain
     variants = {name: [scaled(formula, weight) for weight in WEIGHTS] for name, formula in plain.items()}
@@ -129,11 +129,6 @@ def without_twins(arms: Mapping[str, tuple[Formula, bool]]) -> dict[str, tuple[F
         if twin != name:
             print(f"{name} is the same formula as {twin} and is not trained twice: {formula}")
     return {name: arms[name] for name in first.values()}
-
-
-def unit_weights(formula: Formula, normalise: bool) -> Formula:
-    """A published formula where terms are normalised: its own weight belongs to terms as they are."""
-    return Formula(tuple(replace(term, weight=1.0 if normalise else term.weight) for term in formula.terms))
 
 
 def scaled(formula: Formula, factor: float) -> Formula:

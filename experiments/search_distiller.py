@@ -31,7 +31,7 @@ from runs import (
 )
 
 from autodet.detectors import DetectorSpec, load_detector
-from autodet.distill import PUBLISHED, Formula, comparable_inputs
+from autodet.distill import PUBLISHED, comparable_inputs
 from autodet.results.report import write_report
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.tune_search import run_session
@@ -171,7 +171,7 @@ def make_search(preset: Preset, task: Task, options: argparse.Namespace) -> AskT
     assert bench.teacher is not None
     inputs = comparable_inputs(bench.task.student, bench.teacher.detector.spec)
     rules = replace(preset.search.rules, inherit=options.inherit)
-    given = [_unit_weights(p.formula) if options.normalise else p.formula for p in PUBLISHED.values()]
+    given = [published.weighted(options.normalise) for published in PUBLISHED.values()]
     admit = bench.probe(options.inherit)
     divide = DivideAndConquer(inputs, options.seed, replace(preset.search, rules=rules), admit, given)
     explore = divide.budget - rules.overhead
@@ -180,11 +180,6 @@ def make_search(preset: Preset, task: Task, options: argparse.Namespace) -> AskT
     if options.search == "flat":
         return flat_evolution(inputs, options.seed, explore, preset.search.formulas, rules, admit, given)
     return divide
-
-
-def _unit_weights(formula: Formula) -> Formula:
-    """A published formula where terms are normalised: its own weight belongs to terms as they are."""
-    return Formula(tuple(replace(term, weight=1.0) for term in formula.terms))
 
 
 def train_students(

@@ -6,7 +6,7 @@ that suits a data set is tuned by whoever compares them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autodet.distill.formula import Formula
 
@@ -23,6 +23,13 @@ class Published:
     def formula(self) -> Formula:
         """The text, read and checked."""
         return Formula.parse(self.text)
+
+    def weighted(self, normalised: bool) -> Formula:
+        """The formula for the distiller's ``normalise``: weight 1 where terms are normalised, since the equation's
+        weight belongs to terms as they are."""
+        if not normalised:
+            return self.formula
+        return Formula(tuple(replace(term, weight=1.0) for term in self.formula.terms))
 
 
 PUBLISHED: dict[str, Published] = {

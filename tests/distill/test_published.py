@@ -124,3 +124,11 @@ def test_all_have_a_direct_computation_here() -> None:
 
 def test_only_the_formula_that_normalises_over_the_batch_needs_two_images() -> None:
     assert {name: p.formula.min_batch for name, p in PUBLISHED.items() if p.formula.min_batch > 1} == {"detkds": 2}
+
+
+def test_where_terms_are_normalised_published_formulas_enter_with_weight_one() -> None:
+    for published in PUBLISHED.values():
+        assert published.weighted(normalised=False) == published.formula
+        plain, unit = published.formula.terms, published.weighted(normalised=True).terms
+        assert [term.body for term in unit] == [term.body for term in plain]
+        assert {term.weight for term in unit} == {1.0}

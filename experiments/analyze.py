@@ -5,7 +5,10 @@ hardware:  any; reads files only, so also runs that another machine is still wri
 time:      seconds
 expected:  status and best candidates on the screen; summary.csv, records.jsonl, pictures/ and report.html in the run
 
-RUN is a run's folder or a folder of runs. Nothing that the run itself wrote is changed.
+RUN is a run's folder or a folder of runs. Nothing that the run itself wrote is changed. Of several runs that do not lie
+in one another's folders it also tells what they teach together: which knowledge inputs help alone, which transforms and
+distances win, what it cost, and whether formulas found for one pair help another. That goes into guidance/ beside the
+first run (or in DIR): guidance.html, pictures/, and a CSV file a table.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import pandas as pd
 from autodet.atomic import atomic_write_bytes
 from autodet.ledger import Ledger, LedgerError
 from autodet.results.frame import find_runs, frame_of, leaderboard, rank_agreement, read_run
+from autodet.results.guidance_page import write_guidance
+from autodet.results.guidance_tables import text_of
 from autodet.results.plots import draw_rank_agreement, to_png
 from autodet.results.report import comparison, state, write_report
 
@@ -31,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         frames = {run: analyze(run, output_of(run, runs, options.output), options) for run in runs}
         if options.csv is not None:
             write_csv(frames, options.csv)
+        if len(separate(runs)) > 1:
+            guide(runs, (options.output or runs[0].resolve().parent) / "guidance")
     except (LedgerError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,6 +72,20 @@ def analyze(run: Path, output: Path, options: argparse.Namespace) -> pd.DataFram
         atomic_write_bytes(output / "pictures" / "rank_agreement.png", to_png(draw_rank_agreement(pairs)))
     print(f"report: {write_report(run, output, options.baseline)}")
     return frame
+
+
+def separate(runs: list[Path]) -> list[Path]:
+    """The runs that do not lie within another of them, as a search's students and a comparison's parts do."""
+    resolved = [run.resolve() for run in runs]
+    return [run for run in resolved if not any(other in run.parents for other in resolved)]
+
+
+def guide(runs: list[Path], output: Path) -> None:
+    """Print and write what several runs teach together."""
+    path, tables = write_guidance(runs, output)
+    with pd.option_context("display.max_colwidth", 60, "display.width", 200):
+        print(f"\n{text_of(tables)}")
+    print(f"guidance: {path}")
 
 
 def print_tables(frame: pd.DataFrame, options: argparse.Namespace) -> None:

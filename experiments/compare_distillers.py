@@ -1,6 +1,6 @@
 """Is the found formula better than the published ones, at the same schedule and over several seeds?
 
-command:   python experiments/compare_distillers.py --run RUN [--split test] [--seeds 5]
+command:   python experiments/compare_distillers.py --run RUN [--split test] [--seeds 5] [--transfer OTHER [OTHER ...]]
 hardware:  as the search that RUN holds (its preset, data, teacher and student are used)
 time:      with preset cpu about 20 minutes to tune the published formulas' weights, 20 to 30 to compare
 expected:  a table of arms: mean AP, difference to inherit-only with a 95 % interval over paired seeds; report.html
@@ -8,6 +8,9 @@ expected:  a table of arms: mean AP, difference to inherit-only with a 95 % inte
 First the weight of each published formula is tuned with the search's own proxy, on the validation split, with as many
 evaluations as the search gave to each of its terms (--tune 0 keeps the published ones). Then every arm is trained on
 the full schedule with the same seeds, and measured on the split asked for. Stop and go on with --resume FOLDER.
+
+--transfer adds an arm for each other finished search: its formula, at the weights it was found with, on this pair and
+data. Does what was found for one pair help another?
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 
 from options import INTERRUPTED, common_options, main_of, new_folder, parsed, positive, recorded, share
 from runs import SearchRun, full_task, read_search, run_list, start_or_resume
+from transfer import transferred
 
 from autodet.distill import PUBLISHED, Formula
 from autodet.distill.grammar import WEIGHTS
@@ -33,7 +37,7 @@ from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import EMPTY, Candidate
 
-RECORDED = ("run", "rivals", "formula", "tune", "split", "fraction", "seed")
+RECORDED = ("run", "rivals", "formula", "transfer", "tune", "split", "fraction", "seed")
 EXTENDABLE = ("workers", "seeds")
 BASELINE = "inherit-only"
 FOUND = "found"
@@ -47,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     source = read_search(options.run)
     found = Formula.parse(options.formula) if options.formula else source.found
     config = {"script": "compare_distillers", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
-    config["found"] = str(found)
+    moved = transferred([Path(folder) for folder in options.transfer], source)
+    config |= {"found": str(found), "transferred": {arm: str(formula) for arm, formula in moved.items()}}
     extendable = [f"options.{name}" for name in EXTENDABLE]
     workers = options.workers or source.preset.workers
     with (
@@ -55,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         ray_running(options.address, cpus=workers * source.preset.threads),
     ):
         tuned = tune_rivals(options, source, folder / "tune", workers)
-        finished = tuned is not None and compare(options, source, folder / "compare", tuned | {FOUND: found}, workers)
+        arms = None if tuned is None else tuned | {FOUND: found} | moved
+        finished = arms is not None and compare(options, source, folder / "compare", arms, workers)
     if not finished:
         print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
         return INTERRUPTED
@@ -70,6 +76,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--run", type=Path, help="a finished run of search_distiller.py")
     add("--formula", help="compare this formula instead of the one that the run found")
+    other = "formulas of these finished searches become arms too"
+    add("--transfer", nargs="+", type=absolute, default=[], metavar="RUN", help=other)
     add("--rivals", nargs="*", default=["detkds", "fitnets", "pkd", "cwd"], choices=sorted(PUBLISHED), help="published")
     add("--tune", type=int, help="evaluations for each rival's weight (default: as many as the run gave to each input)")
     add("--seeds", type=positive, help="paired seeds (default: the preset's)")
@@ -79,6 +87,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.run is None:
         parser.error("--run RUN is needed: a finished run of search_distiller.py")
     return options
+
+
+def absolute(path: str) -> str:
+    """A path as an option's value that JSON can hold and that resumes from anywhere."""
+    return str(Path(path).resolve())
 
 
 def tune_rivals(
@@ -145,12 +158,13 @@ def mean_ap(records: Sequence[Record], formula: Formula) -> float:
 def print_table(folder: Path) -> None:
     """Arms by their paired difference to inherit-only, in AP points (0–100)."""
     table = paired_differences(read_run(folder), BASELINE)
-    print(f"\n{'arm':14} {'AP':>6} {'runs':>5}   difference to {BASELINE}, 95 % interval")
+    width = max(14, *table["arm"].str.len())
+    print(f"\n{'arm':{width}} {'AP':>6} {'runs':>5}   difference to {BASELINE}, 95 % interval")
     for row in table.to_dict("records"):
         values: dict[str, Any] = {str(key): value for key, value in row.items()}
         difference, low, high = (100 * values[name] for name in ("difference", "low", "high"))
         text = "" if values["arm"] == BASELINE else f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
-        print(f"{values['arm']:14} {100 * values['mean']:6.2f} {values['runs']:5}   {text}")
+        print(f"{values['arm']:{width}} {100 * values['mean']:6.2f} {values['runs']:5}   {text}")
     for name, formula in {r.group: r.formula for r in Ledger.open(folder).write_views()}.items():
         print(f"  {name}: {formula}")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from autodet.detectors.spec import FAMILIES
 from autodet.lease import LeaseHeld, LeaseLost
 from autodet.ledger import Ledger, LedgerError
 from autodet.search.session import MachineError
@@ -41,6 +42,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, help="COCO-format folder (default: generated shapes)")
     add("--preset", choices=("smoke", "demo", "cpu", "gpu"), default="demo", help="scale of the run (default: demo)")
+    add("--family", choices=FAMILIES, default="faster_rcnn", help="of the detector, or student (default: faster_rcnn)")
     cache = "decoded images and teacher outputs (default: runs/cache)"
     add("--cache", type=Path, default=Path("runs/cache"), help=cache)
 

@@ -7,9 +7,10 @@ overfits from 30 on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from autodet.detectors import Arch, DetectorSpec
+from autodet.detectors import Arch, DetectorSpec, torchvision_spec
 from autodet.search.ask_tell import Rules
 from autodet.search.divide_conquer import DivideSettings
 from autodet.search.evolution import Breeding
@@ -19,7 +20,7 @@ from autodet.training import TrainSettings
 
 @dataclass(frozen=True)
 class Preset:
-    """One scale of the experiments.
+    """One scale of the experiments, for one pair of families.
 
     teaching: recipe of the teacher; proxy: of the search's candidates, on ``fraction`` of the training images, their AP
     also measured after the epochs ``checks``; full: of the students that are kept, on ``full_fraction`` of them.
@@ -42,30 +43,120 @@ class Preset:
     device: str = "cpu"
 
 
-def small(body: str, pixels: int, neck: int = 64, head: int = 128, sampling: int = 2) -> DetectorSpec:
-    """A Faster R-CNN for small images: a pyramid from stride 8; anchors and proposals that fit the shorter side."""
-    scale = pixels / 192
-    return DetectorSpec(
-        family="faster_rcnn",
-        body=Arch.parse(body),
-        labels=((1, "object"),),  # replaced by the data's
-        neck_width=neck,
-        levels=(8, 16, 32, 64),
-        anchor_sizes=tuple(round(size * scale) for size in (16, 36, 80, 170)),
-        head_width=head,
-        roi_size=5,
-        roi_sampling=sampling,
-        proposals_before_nms=(300, 200),
-        proposals=(200, 100),
-        regions_per_image=64,
-        min_size=pixels,
-        max_size=pixels * 4 // 3,
+def preset_of(name: str, family: str = "faster_rcnn", teacher_family: str | None = None) -> Preset:
+    """A preset for a student of one family and a teacher of the same, or of another."""
+    return {"smoke": smoke, "demo": demo, "cpu": cpu, "gpu": gpu}[name](family, teacher_family or family)
+
+
+def smoke(family: str, teacher_family: str) -> Preset:
+    """Half a minute: that everything runs."""
+    return Preset(
+        teacher=small(teacher_family, "basic-8:16x1-16x1-32x1-32x1", 64, neck=16, head=32),
+        student=small(family, "basic-8:8x1-8x1-16x1-16x1", 64, neck=16, head=32),
+        teaching=recipe(2),
+        proxy=recipe(1),
+        fraction=0.5,
+        checks=(),
+        full=recipe(1),
+        shapes=(24, 8, 8),
+        search=divide(per_input=4, weights=4, population=1, controls=1, finalists=1),
+        seeds=2,
     )
 
 
-def standard(body: Arch) -> DetectorSpec:
-    """torchvision's fasterrcnn_resnet50_fpn with another body, and norms that learn."""
-    return DetectorSpec(family="faster_rcnn", body=body, labels=((1, "object"),))
+def demo(family: str, teacher_family: str) -> Preset:
+    """Under five minutes on generated images: what a search looks like."""
+    return Preset(
+        teacher=small(teacher_family, TEACHER, 96, sampling=1),
+        student=small(family, STUDENT, 96, sampling=1),
+        teaching=recipe(12),
+        proxy=recipe(5, batch_size=4),
+        fraction=0.25,
+        checks=(3,),
+        full=recipe(7, batch_size=4),
+        shapes=(240, 40, 40),
+        search=divide(per_input=4, weights=8, population=1, controls=2, finalists=2),
+        seeds=3,
+    )
+
+
+def cpu(family: str, teacher_family: str) -> Preset:
+    """Real results on two cores and a few hundred images."""
+    return Preset(
+        teacher=small(teacher_family, TEACHER, 192),
+        student=small(family, STUDENT, 192),
+        teaching=recipe(16, lr=1e-3, ema=0.99) if teacher_family == "faster_rcnn" else recipe(12, 1e-3, 0.99, 4),
+        proxy=recipe(8, batch_size=4),
+        fraction=0.25,
+        checks=(5,),
+        full=recipe(16) if family == "faster_rcnn" else recipe(12, batch_size=4),
+        shapes=(400, 120, 120),
+        search=divide(per_input=12, weights=16, population=2),
+    )
+
+
+def gpu(family: str, teacher_family: str) -> Preset:
+    """torchvision's detectors at their own size."""
+    sgd = TrainSettings(24, 16, "sgd", RATES[family], 1e-4, 500, clip_norm=35.0, precision="bf16", channels_last=True)
+    return Preset(
+        teacher=standard(teacher_family, Arch.resnet101()),
+        student=standard(family, Arch.resnet18()),
+        teaching=replace(sgd, lr=RATES[teacher_family]),
+        proxy=replace(sgd, epochs=4, warmup=200),
+        fraction=0.2,
+        checks=(2, 3),
+        full=sgd,
+        shapes=(2000, 400, 400),
+        search=divide(per_input=60, weights=60, population=12),
+        workers=1,
+        threads=8,
+        device="cuda",
+    )
+
+
+def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, sampling: int = 2) -> DetectorSpec:
+    """A detector for small images: a pyramid from stride 8; anchors and proposals that fit the shorter side."""
+    scale = pixels / 192
+    one_stage: dict[str, Any] = {"levels": (8, 16, 32, 64, 128), "top": "neck", "head_depth": 2, "candidates": 300}
+    values: dict[str, dict[str, Any]] = {
+        "faster_rcnn": {
+            "levels": (8, 16, 32, 64),
+            "anchor_sizes": tuple(round(size * scale) for size in (16, 36, 80, 170)),
+            "head_width": head,
+            "roi_size": 5,
+            "roi_sampling": sampling,
+            "proposals_before_nms": (300, 200),
+            "proposals": (200, 100),
+            "regions_per_image": 64,
+        },
+        "retinanet": one_stage
+        | {
+            "anchor_sizes": tuple(round(size * scale) for size in (16, 36, 80, 130, 170)),
+            "head_groups": 8,
+            "box_loss": "giou",
+        },
+        "fcos": one_stage
+        | {
+            "anchor_sizes": tuple(max(1, round(size * scale)) for size in (4, 8, 16, 32, 64)),
+            "anchor_ratios": (1.0,),
+            "head_groups": 8,
+            "nms_threshold": 0.6,
+        },
+    }
+    return DetectorSpec(
+        family=family,
+        body=Arch.parse(body),
+        labels=((1, "object"),),  # replaced by the data's
+        neck_width=neck,
+        min_size=pixels,
+        max_size=pixels * 4 // 3,
+        **values[family],
+    )
+
+
+def standard(family: str, body: Arch) -> DetectorSpec:
+    """torchvision's <family>_resnet50_fpn with another body, and norms that learn."""
+    return torchvision_spec(family, body, ((1, "object"),))
 
 
 def recipe(epochs: int, lr: float = 2e-3, ema: float = 0.97, batch_size: int = 8) -> TrainSettings:
@@ -73,67 +164,15 @@ def recipe(epochs: int, lr: float = 2e-3, ema: float = 0.97, batch_size: int = 8
     return TrainSettings(epochs=epochs, batch_size=batch_size, lr=lr, ema=ema)
 
 
-def divide(per_input: int, weights: int, population: int, controls: int = 3, finalists: int = 3) -> DivideSettings:
-    """Budgets of a search; replicates of controls, of the formulas before the weight phase, and of the finalists."""
+def divide(
+    per_input: int, weights: int, population: int, controls: int = 3, finalists: int = 3, runs: int = 2
+) -> DivideSettings:
+    """Budgets of a search; runs: of the best formulas before the weights; controls and finalists get ``controls``."""
     rules = Rules(controls=controls, finalists=finalists, final_runs=controls, stop=StopRule(min_known=4, margin=0.04))
     breeding = Breeding(population=population)
-    replicated = min(5, per_input)
-    return DivideSettings(per_input, weights, breeding, breeding, replicated=replicated, runs=controls, rules=rules)
+    return DivideSettings(per_input, weights, breeding, breeding, replicated=3, runs=min(runs, controls), rules=rules)
 
 
 TEACHER = "basic-32:32x2-64x2-128x2-256x2"
 STUDENT = "basic-8:8x1-16x1-32x1-64x1"
-
-PRESETS = {
-    "smoke": Preset(
-        teacher=small("basic-8:16x1-16x1-32x1-32x1", 64, neck=16, head=32),
-        student=small("basic-8:8x1-8x1-16x1-16x1", 64, neck=16, head=32),
-        teaching=recipe(2, batch_size=8),
-        proxy=recipe(1, batch_size=8),
-        fraction=0.5,
-        checks=(),
-        full=recipe(1, batch_size=8),
-        shapes=(24, 8, 8),
-        search=divide(per_input=4, weights=4, population=1, controls=1, finalists=1),
-        seeds=2,
-    ),
-    "demo": Preset(
-        teacher=small(TEACHER, 96, sampling=1),
-        student=small(STUDENT, 96, sampling=1),
-        teaching=recipe(12),
-        proxy=recipe(5, batch_size=4),
-        fraction=0.25,
-        checks=(3,),
-        full=recipe(7, batch_size=4),
-        shapes=(240, 40, 40),
-        search=divide(per_input=8, weights=8, population=2, controls=2, finalists=2),
-        seeds=3,
-    ),
-    "cpu": Preset(
-        teacher=small(TEACHER, 192),
-        student=small(STUDENT, 192),
-        teaching=recipe(16, lr=1e-3, ema=0.99),
-        proxy=recipe(16),
-        fraction=0.25,
-        checks=(8, 12),
-        full=recipe(16),
-        shapes=(400, 120, 120),
-        search=divide(per_input=24, weights=30, population=6),
-    ),
-    "gpu": Preset(
-        teacher=standard(Arch.resnet101()),
-        student=standard(Arch.resnet18()),
-        teaching=TrainSettings(
-            24, 16, "sgd", 0.02, 1e-4, warmup=500, clip_norm=35.0, precision="bf16", channels_last=True
-        ),
-        proxy=TrainSettings(4, 16, "sgd", 0.02, 1e-4, warmup=200, clip_norm=35.0, precision="bf16", channels_last=True),
-        fraction=0.2,
-        checks=(2, 3),
-        full=TrainSettings(24, 16, "sgd", 0.02, 1e-4, warmup=500, clip_norm=35.0, precision="bf16", channels_last=True),
-        shapes=(2000, 400, 400),
-        search=divide(per_input=60, weights=60, population=12),
-        workers=1,
-        threads=8,
-        device="cuda",
-    ),
-}
+RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}  # torchvision's reference recipes, for batches of 16

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from presets import PRESETS, Preset
+from presets import Preset, preset_of
 
 import autodet
 from autodet.atomic import atomic_write_json
 from autodet.data import read_dataset, write_shapes
-from autodet.detectors import DetectorSpec, load_detector
+from autodet.detectors import DetectorSpec, is_detector_file, load_any_detector, save_detector
 from autodet.distill import Formula
 from autodet.ledger import Ledger
 from autodet.records import Record
 from autodet.runtime.tune_search import run_session
 from autodet.search import Ask, Best, Candidate, FixedList, Session
-from autodet.training import Task, check_same_labels, train_plain
+from autodet.training import Task, train_plain
 
 
 def start_or_resume(folder: Path, config: Mapping[str, Any], extendable: Sequence[str] = ()) -> Ledger:
@@ -50,9 +50,19 @@ def checked_labels(data: Path) -> tuple[tuple[int, str], ...]:
     return tuple((category.id, category.name) for category in read_dataset(data)["train"].categories)
 
 
-def check_teacher(path: Path, student: DetectorSpec) -> None:
-    """ValueError where a given teacher cannot be read, or does not know the data's classes."""
-    check_same_labels(load_detector(path)[0].spec, student, str(path))
+def given_teacher(path: Path, student: DetectorSpec, size: int | None, folder: Path) -> Path:
+    """A user's teacher as a detector file: one of ours as it is, a torchvision state dict rebuilt into one in the run.
+
+    size: shorter side in pixels of the images that a state dict was trained on, which it does not say (None:
+    torchvision's 800).
+    """
+    if is_detector_file(path):
+        return path.resolve()
+    rebuilt = folder / "teacher" / f"{path.stem}.safetensors"
+    if not rebuilt.exists():
+        rebuilt.parent.mkdir(parents=True, exist_ok=True)
+        save_detector(rebuilt, load_any_detector(path, student.labels, size), {"source": str(path.resolve())})
+    return rebuilt.resolve()
 
 
 def trained_teacher(preset: Preset, task: Task, folder: Path) -> Path:
@@ -107,14 +117,15 @@ def read_search(folder: Path) -> SearchRun:
         raise ValueError(f"{folder} is a run of {config.get('script')}, expected one of search_distiller.")
     if not (folder / "found.json").exists():
         raise ValueError(f"{folder} has not finished. Finish it first: search_distiller.py --resume {folder}")
-    preset = PRESETS[config["options"]["preset"]]
-    fraction = config["options"]["full_fraction"]
+    options = config["options"]
+    preset = preset_of(options["preset"], options["family"], options["teacher_family"])
+    fraction = options["full_fraction"]
     return SearchRun(
         folder=folder,
         preset=preset,
         task=Task.from_json((folder / "task.json").read_text()),
         student=DetectorSpec.parse(config["student"]),
-        inherit=bool(config["options"]["inherit"]),
+        inherit=bool(options["inherit"]),
         full_fraction=preset.full_fraction if fraction is None else float(fraction),
         evaluations_per_input=int(config["search"]["budget_per_input"]),
         found=Formula.parse(json.loads((folder / "found.json").read_text())["formula"]),

@@ -12,17 +12,19 @@ evolution (ICML 2024); budgets and recipes are ours.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded, share
 from pictures import save_student_pictures
-from presets import PRESETS, Preset
+from presets import Preset, preset_of
 from runs import (
-    check_teacher,
     checked_labels,
     data_folder,
+    given_teacher,
     run_list,
     save_search,
     say_candidate,
@@ -30,8 +32,9 @@ from runs import (
     trained_teacher,
 )
 
-from autodet.detectors import DetectorSpec, load_detector
-from autodet.distill import PUBLISHED, comparable_inputs
+from autodet.detectors import DetectorSpec, load_any_detector, load_detector
+from autodet.detectors.spec import FAMILIES
+from autodet.distill import INPUTS, PUBLISHED, why_incomparable
 from autodet.results.report import write_report
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.tune_search import run_session
@@ -41,6 +44,7 @@ from autodet.search import (
     Best,
     Candidate,
     DivideAndConquer,
+    Prediction,
     Session,
     flat_evolution,
     random_search,
@@ -48,9 +52,10 @@ from autodet.search import (
 from autodet.training import Task, Workbench
 
 RECORDED = (
-    *("preset", "data", "cache", "teacher", "student", "seed"),
-    *("inherit", "normalise", "search", "proxy_size", "full_fraction"),
+    *("preset", "family", "teacher_family", "data", "cache", "teacher", "teacher_size", "student", "seed", "inputs"),
+    *("inherit", "normalise", "search", "conquer", "proxy_size", "full_fraction"),
 )
+STARTING_WEIGHT = 10.0  # of a normalised published formula: tuned, they ended between 5 and 50
 EXTENDABLE = ("workers", "budget_per_input", "weights_budget")
 
 
@@ -59,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     folder = options.resume or new_folder(options.output, "search-distiller")
     check_address(options.address)
-    preset = adjusted(PRESETS[options.preset], options)
+    preset = adjusted(preset_of(options.preset, options.family, options.teacher_family), options)
     task = full_size_task(preset, options)
-    if options.teacher is not None:
-        check_teacher(options.teacher, task.student)
+    proxy = replace(task, student=task.student.at_size(options.proxy_size)) if options.proxy_size else task
+    inputs = chosen_inputs(options.inputs, proxy.student, teacher_spec(preset, task, options))
     workers = options.workers or preset.workers
     config = {
         "script": "search_distiller",
@@ -73,10 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     }
     extendable = [*(f"options.{name}" for name in EXTENDABLE), "search.budget_per_input", "search.weights_budget"]
     with start_or_resume(folder, config, extendable) as ledger:
-        teacher = options.teacher or trained_teacher(preset, task, folder)
-        task = replace(task, teacher=str(teacher.resolve()))
-        proxy = replace(task, student=task.student.at_size(options.proxy_size)) if options.proxy_size else task
-        search = make_search(preset, proxy, options)
+        if options.teacher is not None:
+            teacher = given_teacher(options.teacher, task.student, options.teacher_size, folder)
+        else:
+            teacher = trained_teacher(preset, task, folder)
+        task, proxy = (replace(each, teacher=str(teacher.resolve())) for each in (task, proxy))
+        search = make_search(preset, proxy, inputs, options)
         with ray_running(options.address, cpus=workers * preset.threads):
             session = Session(ledger, search, say_candidate(search.budget))
             run_session(session, proxy, folder, workers, gpus_per_trial=float(preset.device == "cuda"))
@@ -105,8 +112,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher",
         type=Path,
-        help="a detector file of train_detector.py (default: train one with the preset's recipe)",
+        help="a file of train_detector.py, or a torchvision state dict (default: train one with the preset's recipe)",
     )
+    add("--teacher-family", choices=FAMILIES, help="of the teacher that is trained (default: the student's)")
+    add("--teacher-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
+    add("--inputs", nargs="+", choices=tuple(INPUTS), help="knowledge inputs (default: all that the pair has)")
     add("--student", help="a detector file, or a DetectorSpec's text, whose structure to use (default: the preset's)")
     add("--inherit", action=argparse.BooleanOptionalAction, default=True, help="start neck and head from the teacher's")
     add(
@@ -116,6 +126,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="divide each term by its median over the first steps, so that weights mean the same for all",
     )
     add("--search", choices=("divide", "flat", "random"), default="divide", help="divide and conquer, or a baseline")
+    add(
+        "--conquer",
+        choices=("prediction", "evolution"),
+        default="prediction",
+        help="how divide and conquer combines the inputs: by a model of what each term adds, or as DetKDS does",
+    )
     add("--budget-per-input", type=positive, help="candidates of each knowledge input (default: the preset's)")
     add("--weights-budget", type=positive, help="candidates of the weight phase (default: the preset's)")
     add("--proxy-size", type=positive, help="shorter side of the proxy's images in pixels (default: the student's)")
@@ -162,24 +178,42 @@ def student_spec(student: str | None, preset: Preset) -> DetectorSpec:
     return DetectorSpec.parse(student) if len(student.split()) > 1 else load_detector(Path(student))[0].spec
 
 
-def make_search(preset: Preset, task: Task, options: argparse.Namespace) -> AskTell:
-    """A search on the inputs that this pair can be compared on; a probe refuses hopeless formulas before any training.
+def make_search(preset: Preset, task: Task, inputs: Sequence[str], options: argparse.Namespace) -> AskTell:
+    """A search on these inputs; a probe refuses hopeless formulas before any training.
 
     Random search and flat evolution get the same controls, finals, and total budget as divide and conquer.
     """
     bench = Workbench(task)
-    assert bench.teacher is not None
-    inputs = comparable_inputs(bench.task.student, bench.teacher.detector.spec)
     rules = replace(preset.search.rules, inherit=options.inherit)
-    given = [published.weighted(options.normalise) for published in PUBLISHED.values()]
+    given = [published.weighted(options.normalise, STARTING_WEIGHT) for published in PUBLISHED.values()]
     admit = bench.probe(options.inherit)
-    divide = DivideAndConquer(inputs, options.seed, replace(preset.search, rules=rules), admit, given)
+    settings = replace(preset.search, rules=rules)
+    model = Prediction(singles=max(2, settings.budget_per_input // 2)) if options.conquer == "prediction" else None
+    divide = DivideAndConquer(inputs, options.seed, settings, admit, given, prediction=model)
     explore = divide.budget - rules.overhead
     if options.search == "random":
         return random_search(inputs, options.seed, explore, rules, admit)
     if options.search == "flat":
         return flat_evolution(inputs, options.seed, explore, preset.search.formulas, rules, admit, given)
     return divide
+
+
+def teacher_spec(preset: Preset, task: Task, options: argparse.Namespace) -> DetectorSpec:
+    """The teacher that will be trained, or the given one, which is read here so that a mistake shows at once."""
+    if options.teacher is None:
+        return preset.teacher.with_labels(task.student.labels)
+    return load_any_detector(options.teacher, task.student.labels, options.teacher_size).spec
+
+
+def chosen_inputs(wanted: Sequence[str] | None, student: DetectorSpec, teacher: DetectorSpec) -> tuple[str, ...]:
+    """The inputs to search: those asked for, or all that the pair can be compared on. Says why others are left out."""
+    refused = {name: reason for name in INPUTS if (reason := why_incomparable(name, student, teacher)) is not None}
+    impossible = [f"{name}: {refused[name]}" for name in wanted or () if name in refused]
+    if impossible:
+        raise ValueError(f"This pair cannot be compared on {'; '.join(impossible)}. Leave that out of --inputs.")
+    for name, reason in refused.items():
+        logging.info("without %s: %s", name, reason)
+    return tuple(name for name in INPUTS if name not in refused and (not wanted or name in wanted))
 
 
 def train_students(

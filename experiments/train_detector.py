@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
-from presets import PRESETS, Preset
+from presets import Preset, preset_of
 from runs import checked_labels, data_folder, say_epoch, start_or_resume
 
 from autodet.data import BatchKey
@@ -25,14 +25,14 @@ from autodet.detectors import DetectorSpec, detect, load_detector
 from autodet.evaluation import cost_of
 from autodet.training import Task, Workbench, train_plain
 
-RECORDED = ("preset", "data", "cache", "role", "spec", "epochs", "split", "seed")
+RECORDED = ("preset", "family", "data", "cache", "role", "spec", "epochs", "split", "seed")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, measure, print."""
     options = parse(argv)
     folder = options.resume or new_folder(options.output, "train-detector")
-    preset = PRESETS[options.preset]
+    preset = preset_of(options.preset, options.family)
     task = plain_task(options, preset, folder)
     config = {"script": "train_detector", "options": recorded(options, RECORDED)}
     config["task"] = json.loads(task.to_json())
@@ -81,7 +81,7 @@ def report(task: Task, path: Path) -> None:
     """Print what the file's detector is, its twelve numbers, and its cost."""
     bench = Workbench(task)
     detector, notes = load_detector(path)
-    detector.to(task.device)
+    detector.model.to(task.device)
     metrics = bench.measure(detector)
     print(f"\n{path}\n{detector.spec}\nseed {notes['seed']}, {task.settings.epochs} epochs, split {task.split}")
     print(

@@ -8,25 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchvision.models.detection import FasterRCNN
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 
 from autodet.detectors.faster_rcnn import FasterRCNNSteps, build_faster_rcnn, describe_faster_rcnn
+from autodet.detectors.fcos import FCOSSteps, build_fcos, describe_fcos
+from autodet.detectors.retinanet import RetinaNetSteps, build_retinanet, describe_retinanet
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.steps import Detector, Target
-from autodet.detectors.weights import load_strict, load_weights, save_weights
+from autodet.detectors.weights import load_strict, load_weights, metadata_of, save_weights
 
 
-def build(spec: DetectorSpec) -> FasterRCNNSteps:
+def build(spec: DetectorSpec) -> Detector:
     """A detector with fresh weights, drawn from torch's generator."""
-    return FasterRCNNSteps(build_faster_rcnn(spec), spec)
+    if spec.family == "faster_rcnn":
+        return FasterRCNNSteps(build_faster_rcnn(spec), spec)
+    if spec.family == "retinanet":
+        return RetinaNetSteps(build_retinanet(spec), spec)
+    return FCOSSteps(build_fcos(spec), spec)
 
 
-def adapt(model: FasterRCNN, labels: Sequence[tuple[int, str]]) -> FasterRCNNSteps:
+def steps_of(model: nn.Module, spec: DetectorSpec) -> Detector:
+    """The steps around a plain model that fits the spec, such as averaged weights."""
+    if isinstance(model, FasterRCNN):
+        return FasterRCNNSteps(model, spec)
+    return RetinaNetSteps(model, spec) if isinstance(model, RetinaNet) else FCOSSteps(model, spec)
+
+
+def adapt(model: nn.Module, labels: Sequence[tuple[int, str]]) -> Detector:
     """A user's torchvision model as a detector; labels: (category id, name) of its label 1, 2, …"""
-    if not isinstance(model, FasterRCNN):
-        raise SpecError(f"Expected a torchvision FasterRCNN, found {type(model).__name__}: no adapter for that family.")
-    return FasterRCNNSteps(model, describe_faster_rcnn(model, labels))
+    if isinstance(model, FasterRCNN):
+        return FasterRCNNSteps(model, describe_faster_rcnn(model, labels))
+    if isinstance(model, RetinaNet):
+        return RetinaNetSteps(model, describe_retinanet(model, labels))
+    if isinstance(model, FCOS):
+        return FCOSSteps(model, describe_fcos(model, labels))
+    known = "FasterRCNN, RetinaNet or FCOS"
+    raise SpecError(f"Expected a torchvision {known}, found {type(model).__name__}: no adapter for that family.")
 
 
 def detect(detector: Detector, images: list[Tensor]) -> list[Target]:
@@ -46,12 +64,17 @@ def detect(detector: Detector, images: list[Tensor]) -> list[Target]:
             module.training = training
 
 
-def save_detector(path: Path, detector: FasterRCNNSteps, notes: Mapping[str, Any] | None = None) -> None:
+def save_detector(path: Path, detector: Detector, notes: Mapping[str, Any] | None = None) -> None:
     """One safetensors file that rebuilds the detector: weights, spec, and free notes (JSON), written atomically."""
     save_weights(path, detector.model.state_dict(), {"spec": detector.spec.to_json(), "notes": dict(notes or {})})
 
 
-def load_detector(path: Path) -> tuple[FasterRCNNSteps, dict[str, Any]]:
+def is_detector_file(path: Path | str) -> bool:
+    """Whether a file was written by ``save_detector``, by its header alone; WeightsError where that cannot be read."""
+    return "spec" in (metadata_of(path) or {})
+
+
+def load_detector(path: Path) -> tuple[Detector, dict[str, Any]]:
     """The detector in evaluation mode and its notes; a clear error names the file where it is none of ours."""
     state, metadata = load_weights(path)
     if "spec" not in metadata:
@@ -63,4 +86,5 @@ def load_detector(path: Path) -> tuple[FasterRCNNSteps, dict[str, Any]]:
     except (SpecError, ValueError) as error:
         raise SpecError(f"{path}: its spec {json.dumps(metadata['spec'])[:200]} cannot be built: {error}") from error
     load_strict(detector.model, state, str(path))
-    return detector.eval(), dict(metadata.get("notes", {}))
+    detector.model.eval()
+    return detector, dict(metadata.get("notes", {}))

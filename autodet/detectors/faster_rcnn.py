@@ -5,39 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign
 
-from autodet.detectors.arch import Arch, ArchError
-from autodet.detectors.resnet import ResNetBody, norm_layer
-from autodet.detectors.spec import BODY_STRIDES, DetectorSpec, SpecError
+from autodet.detectors.pyramid import (
+    PyramidSteps,
+    build_backbone,
+    check_rebuilt,
+    describe_frame,
+    matching,
+    unsaid_frame,
+)
+from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.steps import Dense, Features, Inputs, Regions, Target
 
 
-class FasterRCNNSteps(nn.Module):
-    """The steps of ``detectors.steps.Detector`` on a torchvision FasterRCNN, which is used as it is, not copied."""
+class FasterRCNNSteps(PyramidSteps):
+    """The steps of ``detectors.steps.TwoStage`` on a torchvision FasterRCNN, which is used as it is, not copied."""
 
-    def __init__(self, model: FasterRCNN, spec: DetectorSpec) -> None:
-        super().__init__()
-        self.model = model
-        self.spec = spec
-
-    def preprocess(self, images: list[Tensor], targets: list[Target] | None = None) -> Inputs:
-        """Images 3×h×w in [0, 1] → normalised, resized, and padded to a canvas that 32 divides; targets follow."""
-        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        image_list, targets = self.model.transform(images, targets)
-        return Inputs(image_list, targets, sizes)
-
-    def features(self, inputs: Inputs) -> Features:
-        """The pyramid, nominal stride → N×C×H×W. P6 is a pooled P5: its size is rounded, so strides are nominal."""
-        pyramid = self.model.backbone(inputs.images.tensors)
-        return dict(zip(self.spec.levels, pyramid.values(), strict=True))
+    model: FasterRCNN
 
     def dense(self, inputs: Inputs, features: Features) -> Dense:
         """The proposal network's responses and the anchors they belong to."""
@@ -45,6 +36,12 @@ class FasterRCNNSteps(nn.Module):
         objectness, deltas = self.model.rpn.head(maps)
         anchors = self.model.rpn.anchor_generator(inputs.images, maps)
         return Dense(dict(zip(features, objectness, strict=True)), dict(zip(features, deltas, strict=True)), anchors)
+
+    def boxes(self, dense: Dense) -> Tensor:
+        """N×all×4 xyxy in the canvas's pixels, before any selection."""
+        _, deltas = _flatten(dense)
+        decoded: Tensor = self.model.rpn.box_coder.decode(deltas.float(), dense.anchors)
+        return decoded.view(len(dense.anchors), -1, 4)
 
     def proposals(self, inputs: Inputs, dense: Dense) -> list[Tensor]:
         """Per image R_i×4 boxes after NMS, best first; how many depends on training or evaluation mode."""
@@ -54,7 +51,7 @@ class FasterRCNNSteps(nn.Module):
         rpn = self.model.rpn
         # Like the plain model: no gradient through the proposals' coordinates.
         boxes = rpn.box_coder.decode(deltas.detach(), dense.anchors).view(len(dense.anchors), -1, 4)
-        per_level = [level[0].numel() for level in dense.objectness.values()]
+        per_level = [level[0].numel() for level in dense.logits.values()]
         kept, _ = rpn.filter_proposals(boxes, objectness, inputs.images.image_sizes, per_level)
         return list(kept)
 
@@ -65,6 +62,12 @@ class FasterRCNNSteps(nn.Module):
         pooled = heads.box_roi_pool(named, proposals, inputs.images.image_sizes)
         class_logits, box_deltas = heads.box_predictor(heads.box_head(pooled))
         return Regions(proposals, class_logits, box_deltas)
+
+    def region_corners(self, regions: Regions) -> Tensor:
+        """R×(K+1)×4 xyxy in units of the proposal from its centre: a decoding onto the unit square does not need it."""
+        unit = regions.box_deltas.new_tensor([[-0.5, -0.5, 0.5, 0.5]]).expand(len(regions.box_deltas), 4)
+        corners: Tensor = self.model.roi_heads.box_coder.decode_single(regions.box_deltas.float(), unit.float())
+        return corners.view(len(unit), regions.box_deltas.shape[1] // 4, 4)
 
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """The plain model's four losses, equal to its own: random draws come in its order."""
@@ -100,20 +103,14 @@ class FasterRCNNSteps(nn.Module):
 
 def _flatten(dense: Dense) -> tuple[Tensor, Tensor]:
     """Objectness (all locations of all images)×1 and deltas ×4, in the anchors' order."""
-    objectness, deltas = concat_box_prediction_layers(list(dense.objectness.values()), list(dense.deltas.values()))
+    objectness, deltas = concat_box_prediction_layers(list(dense.logits.values()), list(dense.deltas.values()))
     return objectness, deltas
 
 
 def build_faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
     """A torchvision FasterRCNN with fresh weights from torch's generator; parameter names are torchvision's."""
-    body = ResNetBody(spec.body, norm_layer(spec.norm, spec.norm_eps))
-    stages = [BODY_STRIDES.index(stride) for stride in spec.body_levels]
-    backbone = BackboneWithFPN(
-        body,
-        return_layers={f"layer{stage + 1}": str(index) for index, stage in enumerate(stages)},
-        in_channels_list=[spec.body.stages[stage].width for stage in stages],
-        out_channels=spec.neck_width,
-    )
+    backbone = build_backbone(spec)
+    poolable = [str(index) for index in range(len(spec.body_levels))]
     anchors = AnchorGenerator(
         tuple((size,) for size in spec.anchor_sizes), (spec.anchor_ratios,) * len(spec.anchor_sizes)
     )
@@ -127,7 +124,7 @@ def build_faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
         rpn_pre_nms_top_n_test=spec.proposals_before_nms[1],
         rpn_post_nms_top_n_train=spec.proposals[0],
         rpn_post_nms_top_n_test=spec.proposals[1],
-        box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(len(stages))], spec.roi_size, spec.roi_sampling),
+        box_roi_pool=MultiScaleRoIAlign(poolable, spec.roi_size, spec.roi_sampling),
         box_head=TwoMLPHead(spec.neck_width * spec.roi_size**2, spec.head_width),
         box_predictor=FastRCNNPredictor(spec.head_width, len(spec.labels) + 1),
         box_batch_size_per_image=spec.regions_per_image,
@@ -139,26 +136,12 @@ def build_faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
 
 def describe_faster_rcnn(model: FasterRCNN, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
     """The spec of a user's torchvision Faster R-CNN, read off its modules; SpecError where a spec cannot say a part."""
-    rpn, heads, transform = model.rpn, model.roi_heads, model.transform
-    body, fpn = getattr(model.backbone, "body", None), getattr(model.backbone, "fpn", None)
-    if body is None or not isinstance(heads.box_head, TwoMLPHead) or not isinstance(fpn, FeaturePyramidNetwork):
-        found = f"{type(fpn).__name__} and {type(heads.box_head).__name__}"
-        raise SpecError(f"Expected a FeaturePyramidNetwork and a TwoMLPHead, found {found}: no adapter for these.")
-    classes = heads.box_predictor.cls_score.out_features - 1
-    if classes != len(labels):
-        raise SpecError(f"The detector has {classes} classes besides background, but {len(labels)} labels were given.")
-    try:
-        arch = Arch.of_state_dict(body.state_dict())
-    except ArchError as error:
-        raise SpecError(f"Expected a ResNet as the detector's body, found another one: {error}") from error
+    rpn, heads = model.rpn, model.roi_heads
+    if not isinstance(heads.box_head, TwoMLPHead):
+        raise SpecError(f"Expected a TwoMLPHead, found {type(heads.box_head).__name__}: no adapter for it.")
     spec = DetectorSpec(
         family="faster_rcnn",
-        body=arch,
-        labels=tuple((int(category), name) for category, name in labels),
-        norm="frozen" if isinstance(body.bn1, FrozenBatchNorm2d) else "batch",
-        norm_eps=body.bn1.eps,
-        neck_width=model.backbone.out_channels,
-        levels=(*BODY_STRIDES[len(BODY_STRIDES) - len(fpn.inner_blocks) :], 64),
+        **describe_frame(model, heads.box_predictor.cls_score.out_features - 1, labels),
         anchor_sizes=tuple(sizes[0] for sizes in rpn.anchor_generator.sizes),
         anchor_ratios=tuple(rpn.anchor_generator.aspect_ratios[0]),
         rpn_depth=len(rpn.head.conv),
@@ -171,45 +154,24 @@ def describe_faster_rcnn(model: FasterRCNN, labels: Sequence[tuple[int, str]]) -
         score_threshold=heads.score_thresh,
         nms_threshold=heads.nms_thresh,
         detections=heads.detections_per_img,
-        min_size=transform.min_size[0],
-        max_size=transform.max_size,
     )
-    _check_description(model, spec)
-    return spec
-
-
-def _check_description(model: FasterRCNN, spec: DetectorSpec) -> None:
-    """What a spec leaves unsaid is torchvision's default when it is built: one that differs would come back wrong."""
     with torch.device("meta"):
-        rebuilt = build_faster_rcnn(spec)
-    differing = [
-        f"{name} is {value}, expected {expected}"
-        for (name, value), expected in zip(_unsaid(model).items(), _unsaid(rebuilt).values(), strict=True)
-        if value != expected
-    ]
-    own, other = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, rebuilt))
-    differing += [f"parameter {key}" for key in {**own, **other} if own.get(key) != other.get(key)]
-    if differing:
-        raise SpecError(f"The detector has parts that a spec cannot say: {'; '.join(differing[:4])}.")
+        check_rebuilt(model, build_faster_rcnn(spec), _unsaid)
+    return spec
 
 
 def _unsaid(model: FasterRCNN) -> dict[str, object]:
     """Settings that a spec has no field for."""
-    rpn, heads, transform = model.rpn, model.roi_heads, model.transform
-    return {
-        "image_mean": tuple(transform.image_mean),
-        "image_std": tuple(transform.image_std),
-        "number of min_size": len(transform.min_size),
-        "anchor_generator.sizes": tuple(map(tuple, rpn.anchor_generator.sizes)),
-        "anchor_generator.aspect_ratios": tuple(map(tuple, rpn.anchor_generator.aspect_ratios)),
+    rpn, heads = model.rpn, model.roi_heads
+    return unsaid_frame(model, rpn.anchor_generator) | {
         "rpn.nms_thresh": rpn.nms_thresh,
         "rpn.score_thresh": rpn.score_thresh,
-        "box_roi_pool.featmap_names": tuple(heads.box_roi_pool.featmap_names),
-        "box_roi_pool.sampling_ratio": heads.box_roi_pool.sampling_ratio,
+        "rpn.min_size": rpn.min_size,
+        "box_roi_pool.canonical": (heads.box_roi_pool.canonical_scale, heads.box_roi_pool.canonical_level),
         "samplers": tuple(
             (sampler.batch_size_per_image, sampler.positive_fraction)
             for sampler in (rpn.fg_bg_sampler, heads.fg_bg_sampler)
         ),
-        "matchers": tuple((m.high_threshold, m.low_threshold) for m in (rpn.proposal_matcher, heads.proposal_matcher)),
-        "box_coder.weights": tuple(heads.box_coder.weights),
+        "matchers": (matching(rpn.proposal_matcher), matching(heads.proposal_matcher)),
+        "box_coders": (tuple(rpn.box_coder.weights), tuple(heads.box_coder.weights)),
     }

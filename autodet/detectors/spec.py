@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from autodet.detectors.arch import Arch, ArchError
 
-FAMILIES: Final = ("faster_rcnn",)
+FAMILIES: Final = ("faster_rcnn", "retinanet", "fcos")
+TOPS: Final = {"faster_rcnn": ("pool",), "retinanet": ("neck", "body"), "fcos": ("neck", "body")}
+ABOVE: Final = {"pool": (64,), "neck": (64, 128), "body": (64, 128)}  # strides of the levels above the body's
 NORMS: Final = ("batch", "frozen")
+BOX_LOSSES: Final = ("l1", "smooth_l1", "ciou", "diou", "giou")  # those of torchvision's RetinaNet
 BODY_STRIDES: Final = (4, 8, 16, 32)
+LEAST_ANCHOR: Final = 2  # torchvision rounds the halves of a side, so that an anchor of 1 pixel has no area
+# torchvision's FCOS gives an object the locations within 1.5 anchor sizes of its centre, so that an anchor below a
+# third of the stride leaves some objects without any.
+FCOS_REACH: Final = 3
 COCO_LABELS: Final = tuple((number, f"COCO category {number}") for number in range(1, 91))  # raw ids, gaps included
 
 
@@ -25,7 +33,11 @@ class DetectorSpec:
 
     labels: (category id, name) of label 1, 2, …; label 0 is background. torchvision's COCO weights number their labels
     by the raw category ids, ten of which name nothing: give all from 1 to 90 there (``COCO_LABELS``).
-    levels: nominal strides of the pyramid; those up to 32 come from the body's stages, 64 is a pooled level.
+    levels: nominal strides of the pyramid; those up to 32 come from the body's stages. top: what the levels above are
+    made from: "pool" (64, pooled), or convolutions (64 and 128) on the "neck"'s or the "body"'s last map.
+    Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's,
+    anchor_octaves and box_loss RetinaNet's, head_depth to candidates those of RetinaNet and FCOS, whose anchor_sizes
+    are the unit of its distances. ``torchvision_spec`` gives each family torchvision's own values.
     """
 
     family: str
@@ -35,6 +47,7 @@ class DetectorSpec:
     norm_eps: float = 1e-5
     neck_width: int = 256
     levels: tuple[int, ...] = (4, 8, 16, 32, 64)
+    top: str = "pool"
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_depth: int = 1
@@ -44,6 +57,11 @@ class DetectorSpec:
     proposals_before_nms: tuple[int, int] = (2000, 1000)  # training, evaluation; per level
     proposals: tuple[int, int] = (2000, 1000)  # training, evaluation; per image
     regions_per_image: int = 512
+    anchor_octaves: int = 1  # sizes of an anchor at a location: size · 2^(i / octaves), rounded down
+    box_loss: str = "l1"
+    head_depth: int = 4
+    head_groups: int = 0  # of the head's group norms; 0: the head has none
+    candidates: int = 1000  # best responses of a level that enter NMS
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections: int = 100
@@ -63,6 +81,16 @@ class DetectorSpec:
     def categories(self) -> dict[int, int]:
         """Label (1..K) → category id."""
         return {label: category for category, label in self.label_map.items()}
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether a second stage looks at regions."""
+        return self.family == "faster_rcnn"
+
+    @property
+    def anchors_per_location(self) -> int:
+        """Anchors that every location of a level has."""
+        return len(self.anchor_ratios) * self.anchor_octaves
 
     @property
     def body_levels(self) -> tuple[int, ...]:
@@ -119,9 +147,13 @@ class DetectorSpec:
             raise SpecError(f"A detector's description has a malformed value: {error}") from error
 
     def at_size(self, pixels: int) -> DetectorSpec:
-        """The same detector for images of another shorter side; longer side and anchors in proportion."""
+        """The same detector for images of another shorter side; longer side and anchors in proportion.
+
+        An FCOS's anchors stay large enough for every object to have a location.
+        """
         scale = pixels / self.min_size
-        anchors = tuple(max(1, round(size * scale)) for size in self.anchor_sizes)
+        least = [math.ceil(stride / FCOS_REACH) if self.family == "fcos" else LEAST_ANCHOR for stride in self.levels]
+        anchors = tuple(max(low, round(size * scale)) for low, size in zip(least, self.anchor_sizes, strict=True))
         return replace(self, min_size=pixels, max_size=round(self.max_size * scale), anchor_sizes=anchors)
 
     def with_labels(self, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
@@ -133,28 +165,51 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
+def octaves(size: int, count: int) -> tuple[int, ...]:
+    """The sizes of a location's anchors: size · 2^(i / count), rounded down as torchvision does."""
+    return tuple(int(size * 2 ** (i / count)) for i in range(count))
+
+
+def torchvision_spec(family: str, body: Arch, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
+    """torchvision's ``<family>_resnet50_fpn`` with another body, other classes, and norms that learn."""
+    one_stage: dict[str, Any] = {"levels": (8, 16, 32, 64, 128), "top": "neck"}
+    values: dict[str, dict[str, Any]] = {
+        "faster_rcnn": {},
+        "retinanet": one_stage | {"anchor_octaves": 3, "detections": 300},
+        "fcos": one_stage
+        | {
+            "anchor_sizes": (8, 16, 32, 64, 128),
+            "anchor_ratios": (1.0,),
+            "head_groups": 32,
+            "score_threshold": 0.2,
+            "nms_threshold": 0.6,
+        },
+    }
+    if family not in values:
+        raise SpecError(f"Expected a family among {', '.join(FAMILIES)}, found {family!r}.")
+    return DetectorSpec(family=family, body=body, labels=tuple(labels), **values[family])
+
+
 def _problems(spec: DetectorSpec) -> list[str]:
     """Why a spec cannot be built, first reason first."""
+    if spec.family not in FAMILIES:
+        return [f"family {spec.family!r} is none of {', '.join(FAMILIES)}"]
+    if spec.top not in TOPS[spec.family]:
+        return [f"top {spec.top!r} is none of {', '.join(TOPS[spec.family])}, which a {spec.family} may have"]
     ids = [category for category, _ in spec.labels]
-    expected_levels = (*BODY_STRIDES[len(BODY_STRIDES) - len(spec.body_levels) :], 64)
+    below = BODY_STRIDES[len(BODY_STRIDES) - len(spec.body_levels) :]
+    above = ABOVE[spec.top]
     positive = (
-        "neck_width",
-        "rpn_depth",
-        "head_width",
-        "roi_size",
-        "roi_sampling",
-        "detections",
-        "min_size",
-        "regions_per_image",
+        *("neck_width", "rpn_depth", "head_width", "roi_size", "roi_sampling", "detections", "min_size"),
+        *("regions_per_image", "anchor_octaves", "head_depth", "candidates"),
     )
     checks = [
-        (spec.family not in FAMILIES, f"family {spec.family!r} is none of {', '.join(FAMILIES)}"),
         (spec.norm not in NORMS, f"norm {spec.norm!r} is none of {', '.join(NORMS)}"),
         (not spec.labels, "it has no labels"),
         (len(set(ids)) != len(ids), f"category ids repeat in labels: {ids}"),
         (
-            spec.levels != expected_levels or not spec.body_levels,
-            f"levels {spec.levels} are not strides up to 32, then 64",
+            spec.levels != (*below, *above) or not spec.body_levels,
+            f"levels {spec.levels} are not strides up to 32, then {' and '.join(map(str, above))}",
         ),
         (
             len(spec.anchor_sizes) != len(spec.levels),
@@ -169,6 +224,27 @@ def _problems(spec: DetectorSpec) -> list[str]:
             f"proposals {spec.proposals} and proposals_before_nms {spec.proposals_before_nms} must be at least 1",
         ),
         (spec.max_size < spec.min_size, f"max_size {spec.max_size} is below min_size {spec.min_size}"),
+        (spec.box_loss not in BOX_LOSSES, f"box_loss {spec.box_loss!r} is none of {', '.join(BOX_LOSSES)}"),
+        *_head_problems(spec),
     ]
     checks += [(getattr(spec, name) < 1, f"{name} is {getattr(spec, name)}, expected at least 1") for name in positive]
     return [reason for wrong, reason in checks if wrong]
+
+
+def _head_problems(spec: DetectorSpec) -> list[tuple[bool, str]]:
+    """What only the heads of some families can be."""
+    return [
+        (
+            spec.family != "retinanet" and spec.anchor_octaves != 1,
+            f"anchor_octaves {spec.anchor_octaves} belong to a retinanet; leave them at 1",
+        ),
+        (
+            spec.family == "fcos" and (spec.anchor_ratios != (1.0,) or spec.head_groups < 1),
+            f"an fcos has one anchor of ratio 1 and group norms, found {spec.anchor_ratios} and {spec.head_groups}",
+        ),
+        (
+            spec.head_groups < 0 or (spec.head_groups > 0 and spec.neck_width % spec.head_groups != 0),
+            f"head_groups {spec.head_groups} do not divide neck_width {spec.neck_width}",
+        ),
+        (spec.family == "retinanet" and spec.head_depth > 4, f"head_depth {spec.head_depth} is above a retinanet's 4"),
+    ]

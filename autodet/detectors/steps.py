@@ -1,13 +1,14 @@
 """What every detector family offers: explicit steps in place of one mode-dependent ``forward``.
 
 ``preprocess → features → dense → (proposals → regions) → losses | postprocess``. Distillation reads what lies between
-the steps, so each is a plain method with a value in and a value out. Nothing here trains or downloads.
+the steps, so each is a plain method with a value in and a value out. Nothing here trains or downloads. A new family is
+one file with these steps, a builder and a describer, and its lines in ``build`` and ``spec.FAMILIES``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
@@ -34,14 +35,18 @@ class Inputs:
 
 @dataclass
 class Dense:
-    """Responses at every location of every level; of a two-stage detector, those of the proposal network.
+    """Responses at every location of every level; of a two-stage detector, those of its proposal network.
 
-    objectness: nominal stride → N×A×H×W logits; deltas: nominal stride → N×4A×H×W; anchors: per image, all × 4 xyxy.
+    A anchors stand at each location, the anchor being the outer and the class the inner index of the channels.
+    logits: nominal stride → N×(A·K)×H×W, K = 1 (objectness) in a proposal network, labels + 1 in a one-stage head;
+    deltas: nominal stride → N×4A×H×W in the family's own terms; anchors: per image, all × 4 xyxy, level by level, row
+    by row; centerness: nominal stride → N×A×H×W where the family has it.
     """
 
-    objectness: dict[int, Tensor]
+    logits: dict[int, Tensor]
     deltas: dict[int, Tensor]
     anchors: list[Tensor]
+    centerness: dict[int, Tensor] | None = None
 
 
 @dataclass
@@ -54,15 +59,6 @@ class Regions:
     proposals: list[Tensor]
     class_logits: Tensor
     box_deltas: Tensor
-
-
-@dataclass
-class DetectorOutput:
-    """What distillation compares: all a teacher or a student can be asked for on one batch. A value, no module."""
-
-    features: Features
-    objectness: dict[int, Tensor] | None = None
-    regions: Regions | None = None
 
 
 class Detector(Protocol):
@@ -83,12 +79,8 @@ class Detector(Protocol):
         """The dense head's responses on the pyramid."""
         ...
 
-    def proposals(self, inputs: Inputs, dense: Dense) -> list[Tensor]:
-        """Per image R_i×4 boxes, best first, without gradient."""
-        ...
-
-    def regions(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Regions:
-        """The second stage's responses on *given* proposals, so that two detectors can be asked about the same ones."""
+    def boxes(self, dense: Dense) -> Tensor:
+        """The boxes that the responses stand for, N×all×4 xyxy in the canvas's pixels, in the anchors' order."""
         ...
 
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
@@ -97,4 +89,21 @@ class Detector(Protocol):
 
     def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
         """Per image boxes (pixels of the images given to ``preprocess``), scores and labels after NMS."""
+        ...
+
+
+@runtime_checkable
+class TwoStage(Detector, Protocol):
+    """A detector whose second stage looks at regions."""
+
+    def proposals(self, inputs: Inputs, dense: Dense) -> list[Tensor]:
+        """Per image R_i×4 boxes, best first, without gradient."""
+        ...
+
+    def regions(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Regions:
+        """The second stage's responses on *given* proposals, so that two detectors can be asked about the same ones."""
+        ...
+
+    def region_corners(self, regions: Regions) -> Tensor:
+        """The regions' boxes of every class, R×(K+1)×4 xyxy, in units of the proposal from its centre."""
         ...

@@ -7,7 +7,8 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,13 +26,19 @@ FORMAT: Final = "autodet-weights"
 FORMAT_VERSION: Final = 1
 TORCH_SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS: Final = ("model", "state_dict", "model_state_dict")
+MODULE_PREFIX: Final = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
 SHOWN: Final = 4  # keys named in an error
 
-# Names that torchvision's pyramid and proposal head had when their published COCO weights were written.
+# Names that torchvision's pyramid and heads had when its first COCO weights were published (_version 1 of the modules).
 OLD_NAMES: Final = (
     (re.compile(r"\bfpn\.(inner_blocks|layer_blocks)\.(\d+)\.(weight|bias)$"), r"fpn.\1.\2.0.\3"),
     (re.compile(r"\brpn\.head\.conv\.(weight|bias)$"), r"rpn.head.conv.0.0.\1"),
+    *(
+        (re.compile(rf"\b(classification|regression)_head\.conv\.{2 * i}\.(weight|bias)$"), rf"\1_head.conv.{i}.0.\2")
+        for i in range(4)
+    ),
 )
+FCOS_MARK: Final = "bbox_ctrness"  # a head that has it is numbered as RetinaNet's was before, and still is
 
 
 class WeightsError(ValueError):
@@ -64,6 +71,23 @@ def load_weights(path: Path | str) -> tuple[State, dict[str, Any]]:
         raise WeightsError(
             f"{path}: expected a file written by autodet, found other safetensors; read its weights by read_state_dict"
         )
+    return state, _metadata(path, header)
+
+
+def metadata_of(path: Path | str) -> dict[str, Any] | None:
+    """The metadata alone of a file written by ``save_weights``; None of a file of another program.
+
+    Raises WeightsError as ``load_weights`` does; a file whose name does not end in .safetensors is not read.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return None
+    with _opened(path) as file:
+        header = dict(file.metadata() or {})
+    return _metadata(path, header) if header.get("format") == FORMAT else None
+
+
+def _metadata(path: Path | str, header: Mapping[str, str]) -> dict[str, Any]:
     if header.get("format_version") != str(FORMAT_VERSION):
         found = header.get("format_version")
         raise WeightsError(f"{path}: expected format version {FORMAT_VERSION}, found {found}; update autodet")
@@ -71,13 +95,13 @@ def load_weights(path: Path | str) -> tuple[State, dict[str, Any]]:
         metadata: dict[str, Any] = json.loads(header["metadata"])
     except (KeyError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: its header's metadata is no JSON ({error}); write the file again") from error
-    return state, metadata
+    return metadata
 
 
 def read_state_dict(path: Path | str) -> State:
     """A user's weights, on the CPU, with torchvision's present names: .safetensors, or .pt/.pth without unpickling.
 
-    A state dict may be wrapped ({"model": …}, {"state_dict": …}) and prefixed by DistributedDataParallel ("module.").
+    A state dict may be wrapped ({"model": …}, {"state_dict": …}) and prefixed ("module.", "_orig_mod.").
     Raises WeightsError where the file is missing, damaged, of another type, or holds something else.
     """
     path = Path(path)
@@ -96,16 +120,18 @@ def read_state_dict(path: Path | str) -> State:
         raise WeightsError(
             f"{path}: expected names and tensors, found other values at {_some(strange)}; save model.state_dict()"
         )
-    prefix = "module." if all(key.startswith("module.") for key in state) else ""
-    return modern_names({key.removeprefix(prefix): value for key, value in state.items()})
+    if all(MODULE_PREFIX.match(key) for key in state):
+        state = {MODULE_PREFIX.sub("", key): value for key, value in state.items()}
+    return modern_names(state)
 
 
 def modern_names(state: Mapping[str, Tensor]) -> State:
-    """The same tensors under torchvision's present names, where they have those of its COCO files of 2019."""
+    """The same tensors under torchvision's present names, where they have those of its first COCO files."""
+    fcos = any(FCOS_MARK in key for key in state)
     renamed = {}
     for key, value in state.items():
         for pattern, replacement in OLD_NAMES:
-            key = pattern.sub(replacement, key)
+            key = key if fcos and "_head.conv." in key else pattern.sub(replacement, key)
         renamed[key] = value
     return renamed
 
@@ -185,9 +211,16 @@ def _is_counter(key: str) -> bool:
 
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; what goes wrong while it is read is a WeightsError."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise WeightsError(f"{path}: truncated, or no safetensors file ({error}); copy or write it again") from error
     except OSError as error:

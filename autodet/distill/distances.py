@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,12 +23,15 @@ from autodet.distill.values import (
     Param,
     Value,
     dimensions,
+    has_axes,
     is_any,
+    is_boxes,
     is_distribution,
     is_plain,
     is_spatial,
 )
 
+AREA_FLOOR = 1e-6  # in the squared unit of the boxes: two boxes of no area agree
 SSIM_RANGE_FLOOR = 1e-3  # keeps SSIM's constants above rounding on constant maps
 
 
@@ -95,6 +99,32 @@ def ssim(student: Value, teacher: Value, window: int) -> Tensor:
     return _over_rows(student, (1 - luminance * structure).clamp_min(0))
 
 
+def iou(student: Value, teacher: Value) -> Tensor:
+    """1 − intersection over union of boxes R×4; 0 for two boxes without area at the same place (Yu et al. 2016)."""
+    overlap, union, _ = _overlaps(student.data, teacher.data)
+    return 1 - (overlap + AREA_FLOOR) / (union + AREA_FLOOR)
+
+
+def giou(student: Value, teacher: Value) -> Tensor:
+    """1 − generalised intersection over union, between 0 and 2: has a slope where boxes do not meet (Rezatofighi et al.
+    2019)."""
+    overlap, union, hull = _overlaps(student.data, teacher.data)
+    return 1 - (overlap + AREA_FLOOR) / (union + AREA_FLOOR) + (hull - union).clamp_min(0) / (hull + AREA_FLOOR)
+
+
+def _overlaps(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Areas of intersection, union and enclosing box of R pairs; a box whose corners are crossed has none."""
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = one.unbind(1), other.unbind(1)
+    areas = _area(x0, y0, x1, y1) + _area(u0, v0, u1, v1)
+    shared = _area(torch.maximum(x0, u0), torch.maximum(y0, v0), torch.minimum(x1, u1), torch.minimum(y1, v1))
+    around = _area(torch.minimum(x0, u0), torch.minimum(y0, v0), torch.maximum(x1, u1), torch.maximum(y1, v1))
+    return shared, areas - shared, around
+
+
+def _area(x0: Tensor, y0: Tensor, x1: Tensor, y1: Tensor) -> Tensor:
+    return (x1 - x0).clamp_min(0) * (y1 - y0).clamp_min(0)
+
+
 def _half_square(student: Tensor, teacher: Tensor, axis: str) -> Tensor:
     """½ Σ (S − T)² along the axis, averaged over what is left; a scalar where the axis holds the rows."""
     loss = (student - teacher).square().sum(dimensions(axis), keepdim=True) / 2
@@ -122,8 +152,10 @@ DISTANCES: dict[str, Distance] = {
     "l2": Distance(l2, is_any),
     "smooth_l1": Distance(smooth_l1, is_any, (Param("beta", "float", 1.0, (0.1, 1.0), 1e-3, 100),)),
     "kl": Distance(kl, is_distribution),
-    "cosine": Distance(cosine, is_any, (Param("axis", "axis", "c"),)),
-    "pearson": Distance(pearson, is_any, (AXIS,), batch_rows=3),
+    "cosine": Distance(cosine, has_axes, (Param("axis", "axis", "c"),)),
+    "pearson": Distance(pearson, has_axes, (AXIS,), batch_rows=3),
     "crosscorr": Distance(crosscorr, is_plain, axis="n", batch_rows=3),
+    "iou": Distance(iou, is_boxes),
+    "giou": Distance(giou, is_boxes),
     "ssim": Distance(ssim, is_spatial, (Param("window", "int", 7, (3, 7), 2, 31),)),
 }

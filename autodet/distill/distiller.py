@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from autodet.detectors import DetectorOutput, DetectorSpec
-from autodet.distill.formula import Formula, Term
-from autodet.distill.inputs import match_levels, values_of, why_incomparable
+from autodet.detectors import DetectorSpec
+from autodet.distill.formula import Formula
+from autodet.distill.inputs import INPUTS, why_incomparable
+from autodet.distill.outputs import DetectorOutput
 from autodet.distill.terms import term_loss
-from autodet.distill.values import Value
 
 NORMALISING_STEPS = 20  # a term's scale is the median of its raw values over this many first steps [ours]
 
@@ -34,7 +36,8 @@ class Distiller(nn.Module):
                 raise ValueError(f"Term '{term}' is impossible for this pair: {reason}. Leave {term.input} out.")
         self.adapter = (
             nn.Conv2d(student.neck_width, teacher.neck_width, 1)
-            if student.neck_width != teacher.neck_width and any(t.input == "global" for t in formula.terms)
+            if student.neck_width != teacher.neck_width
+            and any(INPUTS[t.input].part == "features" for t in formula.terms)
             else None
         )
         self.register_buffer("step_count", torch.zeros((), dtype=torch.long))
@@ -49,12 +52,19 @@ class Distiller(nn.Module):
         """
         losses = {}
         raw = []
+        if self.adapter is not None:
+            adapted = {stride: self.adapter(level.float()) for stride, level in student.features.items()}
+            student = replace(student, features=adapted)
+        # In half precision the positions that a map is resampled at would be off by parts of a cell.
+        with torch.autocast(self.history.device.type, enabled=False):
+            used = {term.input for term in self.formula.terms}
+            values = {name: INPUTS[name].pairs(student, teacher) for name in used}
         for index, term in enumerate(self.formula.terms):
-            pairs = match_levels(self._student_values(term, student), values_of(term.input, teacher))
-            if pairs and len(pairs[0][0].data) < term.min_batch:
+            pairs = values[term.input]
+            if len(pairs[0][0].data) < term.min_batch:
                 raw.append(self.history.new_tensor(torch.nan))  # an epoch's last batch may be too small to compare in
                 continue
-            loss = term_loss(term, [s for s, _ in pairs], [_detached(t) for _, t in pairs], generator)
+            loss = term_loss(term, [s for s, _ in pairs], [t for _, t in pairs], generator)
             raw.append(loss.detach())
             losses[f"distill/{index}/{term.input}"] = loss * (term.weight / self._scale(index, loss))
         if raw and self.training:
@@ -64,12 +74,6 @@ class Distiller(nn.Module):
     def scales(self) -> dict[str, float]:
         """What each term is divided by; 1 without ``normalise``."""
         return {str(term): float(self._scale(i, torch.ones(()))) for i, term in enumerate(self.formula.terms)}
-
-    def _student_values(self, term: Term, student: DetectorOutput) -> dict[int, Value]:
-        values = values_of(term.input, student)
-        if self.adapter is None or term.input != "global":
-            return values
-        return {stride: Value(self.adapter(v.data), v.kind, v.axis, v.weights) for stride, v in values.items()}
 
     def _scale(self, index: int, current: Tensor) -> Tensor:
         if not self.normalise:
@@ -84,7 +88,3 @@ class Distiller(nn.Module):
         if step < NORMALISING_STEPS:
             self.history[step] = raw.to(self.history)
             self.step_count += 1
-
-
-def _detached(value: Value) -> Value:
-    return Value(value.data.detach(), value.kind, value.axis, value.weights)

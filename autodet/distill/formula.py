@@ -5,7 +5,7 @@
 A term compares student and teacher on one knowledge input: transforms in order, one distance, one weight (1 where
 none is given). The first parameter of an operation may be, and is printed, without its name. ``none`` is the formula
 without terms. Meaning, reduction and random draws are in ``terms.term_loss``; typing is in ``typing_of``.
-A new input is a line in ``INPUTS`` (and its extraction in ``inputs``).
+Inputs, transforms and distances are the lists at the ends of ``inputs``, ``transforms`` and ``distances``.
 """
 
 from __future__ import annotations
@@ -14,32 +14,18 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from autodet.distill.distances import DISTANCES
+from autodet.distill.inputs import INPUTS
 from autodet.distill.syntax import FormulaError, OperationText, TermText, read_terms
 from autodet.distill.transforms import TRANSFORMS
-from autodet.distill.values import MAP, VECTOR, Kind, Operation, Param, ParamValue
+from autodet.distill.values import Kind, Operation, Param, ParamValue
 
-__all__ = ["FORMULA_VERSION", "INPUTS", "Formula", "FormulaError", "InputSpec", "Op", "Term", "typing_of"]
+__all__ = ["FORMULA_VERSION", "INPUTS", "Formula", "FormulaError", "Op", "Term", "typing_of"]
 
-FORMULA_VERSION = 1  # raise it when a text comes to mean something else: keys of old records must not match
+FORMULA_VERSION = 2  # raise it when a text comes to mean something else: keys of old records must not match
 SpecT = TypeVar("SpecT", bound=Operation)
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """A knowledge input. family: which weights the weight phase offers it (DetKDS treats the two differently)."""
-
-    kind: Kind
-    family: Literal["features", "responses"]
-
-
-INPUTS: dict[str, InputSpec] = {
-    "global": InputSpec(MAP, "features"),  # each pyramid level, N×C×H×W
-    "logits.rpn": InputSpec(MAP, "responses"),  # objectness logits of each level, N×A×H×W
-    "logits.roi": InputSpec(VECTOR, "responses"),  # class logits on shared proposals, R×(K+1)
-}
 
 
 @dataclass(frozen=True)
@@ -152,7 +138,7 @@ class Formula:
 
     @property
     def key(self) -> str:
-        """Equal for formulas of equal meaning, with the language's version: ``v1 global: l2 * 1``."""
+        """Equal for formulas of equal meaning, with the language's version: ``v2 global: l2 * 1``."""
         return f"v{FORMULA_VERSION} {self.canonical()}"
 
     @property

@@ -26,6 +26,7 @@ WEIGHTS: tuple[float, ...] = (0.1, 0.5, 1, 5, 10, 20, 50)  # formula phase (DetK
 WEIGHT_PHASE_FEATURES: tuple[float, ...] = (0, 1, 2, 5, 10)  # weight phase (DetKDS, public code and figure)
 WEIGHT_PHASE_RESPONSES: tuple[float, ...] = (0, 0.1, 1, 2, 5)
 MIN_BATCH = 3  # from here on every operation of the language means something
+WEIGHT_MUTATION = 0.3  # share of mutations that change the weight, which decides as much as the operations
 SLOTS = ("A", "B", "C")
 NONE = "none"
 
@@ -73,7 +74,9 @@ def mutate_term(term: Term, rng: random.Random, min_batch: int = MIN_BATCH, weig
     """
     options: dict[str, Sequence[ParamValue]] = {}
     genes = _genes(_rebuilt(term.input, _alternatives(_genes(term)), rng, min_batch, weights, options))
-    gene = rng.choice([name for name in options if any(option != genes[name] for option in options[name])])
+    changeable = [name for name in options if any(option != genes[name] for option in options[name])]
+    reweigh = "weight" in changeable and rng.random() < WEIGHT_MUTATION
+    gene = "weight" if reweigh else rng.choice(changeable)
     changed = rng.choice([option for option in options[gene] if option != genes[gene]])
     return _rebuilt(term.input, _alternatives({**genes, gene: changed}), rng, min_batch, weights)
 
@@ -157,6 +160,25 @@ def count_terms(input: str, min_batch: int = MIN_BATCH, weights: Sequence[float]
     for kind, chains in kinds.items():
         bodies += chains * sum(1 for _ in _every_op(_distances(kind, min_batch), kind, min_batch))
     return bodies * len(weights)
+
+
+def terms_of(input: str, min_batch: int = MIN_BATCH) -> Iterator[Term]:
+    """Every term that the grammar spans on an input, with weight 1; those of equal transforms follow one another."""
+    for chain, kind in _every_chain(SLOTS, INPUTS[input].kind, min_batch):
+        for distance in _every_op(_distances(kind, min_batch), kind, min_batch):
+            yield Term(input, chain, distance).canonical()
+
+
+def _every_chain(slots: Sequence[str], kind: Kind, min_batch: int) -> Iterator[tuple[tuple[Op, ...], Kind]]:
+    """Every choice for the slots, none included, and the kind that it ends in."""
+    if not slots:
+        yield (), kind
+        return
+    yield from _every_chain(slots[1:], kind, min_batch)
+    for op in _every_op(_slot(slots[0], kind, min_batch), kind, min_batch):
+        after = TRANSFORMS[op.name].produces(kind, op.arguments())
+        for rest, last in _every_chain(slots[1:], after, min_batch):
+            yield (op, *rest), last
 
 
 def _slot(slot: str, kind: Kind, min_batch: int) -> dict[str, Operation]:

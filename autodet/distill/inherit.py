@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from autodet.detectors import Detector, DetectorSpec
+from autodet.distill.inputs import same_anchors
 
 BODY = "backbone.body."
+NECK = "backbone.fpn."
+P6 = f"{NECK}extra_blocks.p6."  # reads the neck's or the body's last map, as ``top`` says
+# One number, or four, for each anchor; for each label.
+ANCHORS = re.compile(r"(?:rpn|head)\.(?:\w+_head|head)\.(?:cls_logits|bbox_pred|bbox_reg)\.")
+CLASSES = re.compile(r"\.(?:box_predictor|classification_head\.cls_logits)\.")
 NECK_LEVEL = re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.)(\d+)(\..+)")
 
 
@@ -27,13 +33,17 @@ class Inherited:
 
 def inherit_neck_and_head(student: Detector, teacher: Detector) -> Inherited:
     """Copy every tensor outside the body that has the same name and shape; in place. Neck convolutions are matched by
-    their level's stride. Lateral 1×1 convolutions read the body's widths and so usually differ."""
+    their level's stride. Lateral 1×1 convolutions read the body's widths and so usually differ.
+
+    Not copied is what has another meaning in the two: between families all but the neck, between different labels the
+    layers that name them, between different anchors those that answer for each.
+    """
     source = teacher.model.state_dict()
     copied, differing = [], []
     with torch.no_grad():
         for name, tensor in student.model.state_dict().items():
             theirs = source.get(_name_in_teacher(name, student.spec, teacher.spec))
-            if name.startswith(BODY) or theirs is None:
+            if name.startswith(BODY) or theirs is None or _foreign(name, student.spec, teacher.spec):
                 continue
             if tensor.shape == theirs.shape:
                 tensor.copy_(theirs)
@@ -41,6 +51,17 @@ def inherit_neck_and_head(student: Detector, teacher: Detector) -> Inherited:
             else:
                 differing.append(name)
     return Inherited(tuple(copied), tuple(differing))
+
+
+def _foreign(name: str, student: DetectorSpec, teacher: DetectorSpec) -> bool:
+    """Whether a tensor means something else in the teacher, be it of the same name and shape."""
+    if name.startswith(NECK):
+        return name.startswith(P6) and student.top != teacher.top
+    if student.family != teacher.family:
+        return True
+    if CLASSES.search(name) and student.labels != teacher.labels:
+        return True
+    return ANCHORS.search(name) is not None and not same_anchors(student, teacher)
 
 
 def _name_in_teacher(name: str, student: DetectorSpec, teacher: DetectorSpec) -> str:

@@ -1,30 +1,311 @@
-"""Knowledge inputs: what is taken from a student's and a teacher's outputs to be compared (DetKDS, knowledge inputs).
+"""Knowledge inputs: what of a student's and a teacher's outputs is compared (DetKDS, knowledge inputs).
 
-A new input is one entry in ``formula.INPUTS`` and one branch of ``values_of`` and ``why_incomparable``.
+An input is a function ``(student, teacher) -> pairs of values``, a reason why a pair of detectors may have no such
+pairs, and a line in ``INPUTS``, the list at the end. ``fg`` and ``bg`` are DetKDS's one foreground-background input
+with a formula of its own for each; ``localization``, which its public code leaves out, is ours, as are the weights of
+boxes and the reductions between heads of different families.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import roi_align
 
-from autodet.detectors import DetectorOutput, DetectorSpec
-from autodet.distill.formula import INPUTS
-from autodet.distill.values import Value, map_value, vector_value
+from autodet.detectors import DetectorSpec
+from autodet.distill.outputs import DetectorOutput, RegionOutput, Size
+from autodet.distill.values import BOXES, MAP, VECTOR, Kind, Value, map_value, region_weights, vector_value
+
+Pairs = list[tuple[Value, Value]]  # (student's, teacher's) of equal shapes, one a level, finest first
+INSTANCE_SIZE = 4  # bins of an instance in each direction [ours]
+CANONICAL_SIZE, CANONICAL_STRIDE = 224, 16  # a box of this size is pooled from this stride (Lin et al. 2017, eq. 1)
+
+
+def global_maps(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """The whole map of each pyramid level, N×C×H×W."""
+    aligned = _aligned(student, teacher, student.features, teacher.features)
+    return [(map_value(ours), map_value(theirs)) for ours, theirs in aligned.values()]
+
+
+def foreground_maps(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """The maps times √(H·W·m), m = 1/(cells of the box) inside each ground-truth box, the largest where boxes overlap.
+
+    A mean of squares over the map is then a sum over boxes of the mean within each (the scale mask of FGD, Yang et al.
+    2022).
+    """
+    return _masked(student, teacher, foreground_masks)
+
+
+def background_maps(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """The maps times √(H·W·m), m = 1/(background cells) outside all ground-truth boxes, 0 inside."""
+    return _masked(student, teacher, background_masks)
+
+
+def instances(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """RoIAlign of every ground-truth box, R×C×4×4, on the level that suits the student's size of the box."""
+    shared = sorted(set(student.features) & set(teacher.features))
+    strides = [stride for stride in shared if stride <= 32]  # above, maps are rounded up and their stride is nominal
+    level_of = _pooling_stride(torch.cat(student.boxes).float(), strides)
+    rows = [(level_of == stride).nonzero()[:, 0] for stride in strides]
+    order = torch.cat(rows)
+    weights = region_weights([len(boxes) for boxes in student.boxes], order.float())[order]
+    values = []
+    for side in (student, teacher):
+        rois = _rois(side.boxes)
+        pooled = [_pooled(side.features[s], rois[chosen], s) for s, chosen in zip(strides, rows, strict=True)]
+        values.append(Value(torch.cat(pooled), MAP, None, weights))
+    return [(values[0], values[1])]
+
+
+def dense_logits(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """Responses of every location: class logits of a one-stage head, objectness of a proposal network, N×(A·K)×H×W.
+
+    Where the numbers of anchors differ, the strongest anchor's (N×K×H×W); where one head knows classes and the other
+    only objects, the strongest class's as well (N×1×H×W).
+    """
+    ours, theirs = _logits(student), _logits(teacher)
+    if _classes(student) != _classes(teacher):
+        ours, theirs = ({s: level.amax((1, 2)).unsqueeze(1) for s, level in side.items()} for side in (ours, theirs))
+    elif not same_anchors(student.spec, teacher.spec):
+        ours, theirs = ({s: level.amax(1) for s, level in side.items()} for side in (ours, theirs))
+    else:
+        ours, theirs = ({s: level.flatten(1, 2) for s, level in side.items()} for side in (ours, theirs))
+    return [(map_value(s), map_value(t)) for s, t in _aligned(student, teacher, ours, theirs).values()]
+
+
+def region_logits(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """Class logits of the second stages on the teacher's proposals, R×(K+1)."""
+    ours, theirs = _regions(student), _regions(teacher)
+    counts = [len(boxes) for boxes in theirs.proposals]
+    return [(vector_value(ours.class_logits, counts), vector_value(theirs.class_logits, counts))]
+
+
+def dense_boxes(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """Decoded boxes of every anchor at every location, in units of the stride from the location; one value in all.
+
+    Rows weigh as the teacher's probability that there is an object. Where the anchors differ, each side's strongest
+    anchor stands for the location.
+    """
+    shared = sorted(set(_logits(student)) & set(_logits(teacher)))
+    strongest = not same_anchors(student.spec, teacher.spec)
+    ours, theirs = (
+        torch.cat([_location_boxes(side, stride, strongest) for stride in shared], dim=1) for side in (student, teacher)
+    )
+    chances = [_location_scores(teacher, stride, strongest).flatten(1).sigmoid() for stride in shared]
+    scores = torch.cat(chances, dim=1).detach()
+    weights = (scores / scores.sum(1, keepdim=True).clamp_min(1e-6) / len(scores)).flatten()
+    values = [Value(boxes.flatten(0, 1), BOXES, None, weights) for boxes in (ours, theirs)]
+    return [(values[0], values[1])]
+
+
+def region_boxes(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """Boxes of the second stages on the teacher's proposals, of the class that the teacher finds likeliest, R×4 in
+    units of the proposal from its centre. Rows weigh as the teacher's probability that there is an object."""
+    ours, theirs = _regions(student), _regions(teacher)
+    chances = theirs.class_logits.detach().float().softmax(1)
+    label = chances[:, 1:].argmax(1) + 1
+    counts = [len(boxes) for boxes in theirs.proposals]
+    weights = [part / part.sum().clamp_min(1e-6) / len(counts) for part in torch.split(1 - chances[:, 0], counts)]
+    rows = torch.arange(len(label), device=label.device)
+    values = [Value(side.corners[rows, label].float(), BOXES, None, torch.cat(weights)) for side in (ours, theirs)]
+    return [(values[0], values[1])]
+
+
+def foreground_masks(boxes: Sequence[Tensor], canvas: Size, size: Size) -> Tensor:
+    """N×H×W: 1/(cells of the box) in every cell that a box touches, the largest where boxes overlap.
+
+    boxes: per image R_i×4 xyxy in the canvas's pixels; size: H, W of the map that covers the canvas.
+    """
+    masks = []
+    for rows, columns in _touched(boxes, canvas, size):
+        share = rows / (rows.sum(1, keepdim=True) * columns.sum(1, keepdim=True))  # a box touches one cell at least
+        boxed = share.unsqueeze(2) * columns.unsqueeze(1)
+        masks.append(boxed.amax(0) if len(boxed) else boxed.new_zeros(size))
+    return torch.stack(masks)
+
+
+def background_masks(boxes: Sequence[Tensor], canvas: Size, size: Size) -> Tensor:
+    """N×H×W: 1/(background cells) in every cell that no box touches; arguments as of ``foreground_masks``."""
+    free = torch.stack([rows.T @ columns == 0 for rows, columns in _touched(boxes, canvas, size)]).float()
+    return free / free.sum((1, 2), keepdim=True).clamp_min(1)
+
+
+def same_anchors(one: DetectorSpec, other: DetectorSpec) -> bool:
+    """Whether the anchors of a location correspond one to one."""
+    return (one.anchor_ratios, one.anchor_octaves) == (other.anchor_ratios, other.anchor_octaves)
+
+
+def _masked(
+    student: DetectorOutput, teacher: DetectorOutput, masks: Callable[[Sequence[Tensor], Size, Size], Tensor]
+) -> Pairs:
+    pairs = []
+    for ours, theirs in _aligned(student, teacher, student.features, teacher.features).values():
+        height, width = int(ours.shape[2]), int(ours.shape[3])
+        found = masks(student.boxes, student.canvas, (height, width))
+        factor = (found * (height * width)).sqrt().unsqueeze(1)
+        pairs.append((map_value(ours * factor), map_value(theirs * factor)))
+    return pairs
+
+
+def _touched(boxes: Sequence[Tensor], canvas: Size, size: Size) -> list[tuple[Tensor, Tensor]]:
+    """Per image R_i×H and R_i×W, 1 in the rows and columns of cells that each box touches, one of each at least."""
+    counts = [len(found) for found in boxes]
+    x0, y0, x1, y1 = torch.cat(list(boxes)).float().unbind(1)
+    down, across = size[0] / canvas[0], size[1] / canvas[1]
+    rows = torch.split(_between(y0 * down, y1 * down, size[0]), counts)
+    columns = torch.split(_between(x0 * across, x1 * across, size[1]), counts)
+    return list(zip(rows, columns, strict=True))
+
+
+def _between(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """R×cells, 1 from the cell that ``low`` lies in to that of ``high``."""
+    first = low.floor().clamp(0, cells - 1)
+    last = (high.ceil() - 1).clamp(max=cells - 1).maximum(first)
+    index = torch.arange(cells, device=low.device).unsqueeze(0)
+    return ((index >= first.unsqueeze(1)) & (index <= last.unsqueeze(1))).to(low.dtype)
+
+
+def _aligned(
+    student: DetectorOutput, teacher: DetectorOutput, ours: dict[int, Tensor], theirs: dict[int, Tensor]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Maps of the nominal strides that both have, finest first, the teacher's on the student's grid, in float32."""
+    pairs = {}
+    for stride in sorted(set(ours) & set(theirs)):
+        one, other = ours[stride].float(), theirs[stride].float()
+        if (student.canvas, student.sizes) != (teacher.canvas, teacher.sizes) or one.shape[2:] != other.shape[2:]:
+            other = _resampled(other, student, teacher, (int(one.shape[2]), int(one.shape[3])))
+        pairs[stride] = (one, other)
+    return pairs
+
+
+def _resampled(level: Tensor, student: DetectorOutput, teacher: DetectorOutput, size: Size) -> Tensor:
+    """The teacher's map at the student's cells. Image falls on image: the padding's share of the canvas may differ."""
+    maps = []
+    for own, other in zip(student.sizes, teacher.sizes, strict=True):
+        down, across = (student.canvas[i] / own[i] * other[i] / teacher.canvas[i] for i in (0, 1))
+        maps.append([[across, 0, across - 1], [0, down, down - 1]])  # in coordinates from -1 to 1, x before y
+    grid = F.affine_grid(level.new_tensor(maps), [len(level), 1, *size], align_corners=False)
+    return F.grid_sample(level, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _pooling_stride(boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    """The stride, of those given, that each box R×4 is pooled from."""
+    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp_min(1).sqrt()
+    wanted = CANONICAL_STRIDE * 2 ** torch.floor(torch.log2(side / CANONICAL_SIZE + 1e-6))
+    options = torch.tensor(strides, device=boxes.device, dtype=side.dtype)
+    return options[(wanted.log2().unsqueeze(1) - options.log2()).abs().argmin(1)]
+
+
+def _rois(boxes: Sequence[Tensor]) -> Tensor:
+    """R×5: the image's number and the box. Always float32: half precision misplaces a box by pixels."""
+    numbered = [F.pad(found.float(), (1, 0), value=float(image)) for image, found in enumerate(boxes)]
+    return torch.cat(numbered)
+
+
+def _pooled(level: Tensor, rois: Tensor, stride: int) -> Tensor:
+    pooled: Tensor = roi_align(level.float(), rois, INSTANCE_SIZE, 1 / stride, 2, aligned=True)
+    return pooled
+
+
+def _location_scores(output: DetectorOutput, stride: int, strongest: bool) -> Tensor:
+    """Logits N×A×H×W of a level that there is an object: the strongest class's; ``strongest``: and anchor's, A = 1."""
+    scores = _logits(output)[stride].float().amax(2)
+    return scores.amax(1, keepdim=True) if strongest else scores
+
+
+def _location_boxes(output: DetectorOutput, stride: int, strongest: bool) -> Tensor:
+    """Boxes N×(A·H·W)×4 of a level; ``strongest``: of the strongest anchor alone, A = 1."""
+    assert output.corners is not None
+    corners = output.corners[stride].float()  # N×A×4×H×W
+    if strongest:
+        best = _location_scores(output, stride, strongest=False).argmax(1, keepdim=True)
+        corners = corners.gather(1, best.unsqueeze(2).expand(-1, -1, 4, -1, -1))
+    return corners.permute(0, 1, 3, 4, 2).flatten(1, 3)
+
+
+def _logits(output: DetectorOutput) -> dict[int, Tensor]:
+    if output.logits is None:
+        raise ValueError("This knowledge input needs the dense responses of both detectors: run their dense step.")
+    return output.logits
+
+
+def _classes(output: DetectorOutput) -> int:
+    """Classes of the dense step: 1 for objectness."""
+    return next(iter(_logits(output).values())).shape[2]
+
+
+def _regions(output: DetectorOutput) -> RegionOutput:
+    if output.regions is None:
+        raise ValueError("This knowledge input needs the second stage of both detectors on the same proposals.")
+    return output.regions
+
+
+# Why a pair of detectors has nothing to compare. ---
+
+
+def no_shared_level(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Pyramids are compared level by level."""
+    if set(student.levels) & set(teacher.levels):
+        return None
+    return f"the pyramids share no stride ({student.levels} and {teacher.levels})"
+
+
+def other_classes(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Objectness is the same for all labels, class responses are not."""
+    if student.labels != teacher.labels and not (student.two_stage or teacher.two_stage):
+        return "student and teacher have different labels"
+    return no_shared_level(student, teacher)
+
+
+def other_locations(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Boxes of every location need the same locations."""
+    sizes = [(spec.min_size, spec.max_size) for spec in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        return f"student and teacher see images at other sizes ({sizes[0]} and {sizes[1]} pixels)"
+    return no_shared_level(student, teacher)
+
+
+def no_second_stage(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Regions need a second stage in both, and the same classes."""
+    for role, spec in (("student", student), ("teacher", teacher)):
+        if not spec.two_stage:
+            return f"the {role}, a {spec.family}, has no second stage"
+    return "student and teacher have different labels" if student.labels != teacher.labels else None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A knowledge input. pairs: its values; refusal: why a pair of specs has none, None where it has; family: which
+    weights the weight phase offers it (DetKDS treats the two differently); part: what must be run (``outputs.PARTS``).
+    """
+
+    kind: Kind
+    family: Literal["features", "responses"]
+    part: Literal["features", "dense", "regions"]
+    pairs: Callable[[DetectorOutput, DetectorOutput], Pairs]
+    refusal: Callable[[DetectorSpec, DetectorSpec], str | None]
+
+
+INPUTS: dict[str, InputSpec] = {
+    "global": InputSpec(MAP, "features", "features", global_maps, no_shared_level),
+    "fg": InputSpec(MAP, "features", "features", foreground_maps, no_shared_level),
+    "bg": InputSpec(MAP, "features", "features", background_maps, no_shared_level),
+    "instance": InputSpec(MAP, "features", "features", instances, no_shared_level),
+    "logits.dense": InputSpec(MAP, "responses", "dense", dense_logits, other_classes),
+    "logits.roi": InputSpec(VECTOR, "responses", "regions", region_logits, no_second_stage),
+    "localization.dense": InputSpec(BOXES, "responses", "dense", dense_boxes, other_locations),
+    "localization.roi": InputSpec(BOXES, "responses", "regions", region_boxes, no_second_stage),
+}
 
 
 def why_incomparable(name: str, student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     """The reason why a pair cannot be compared on an input, None where it can."""
-    if not set(student.levels) & set(teacher.levels):
-        return f"the pyramids share no stride ({student.levels} and {teacher.levels})"
-    if name == "logits.rpn" and len(student.anchor_ratios) != len(teacher.anchor_ratios):
-        counts = f"{len(student.anchor_ratios)} and {len(teacher.anchor_ratios)}"
-        return f"student and teacher have {counts} anchors in a cell, so their objectness maps do not correspond"
-    if name == "logits.roi" and student.labels != teacher.labels:
-        return "student and teacher have different labels"
-    return None
+    return INPUTS[name].refusal(student, teacher)
 
 
 def comparable_inputs(student: DetectorSpec, teacher: DetectorSpec) -> tuple[str, ...]:
@@ -32,46 +313,6 @@ def comparable_inputs(student: DetectorSpec, teacher: DetectorSpec) -> tuple[str
     return tuple(name for name in INPUTS if why_incomparable(name, student, teacher) is None)
 
 
-def values_of(name: str, output: DetectorOutput) -> dict[int, Value]:
-    """An input's values by nominal stride; ``logits.roi`` has one value, under stride 0.
-
-    Rows are weighted so that a weighted sum over rows is the mean over images, however many regions an image has.
-    """
-    if name == "global":
-        return {stride: map_value(level.float()) for stride, level in output.features.items()}
-    if name == "logits.rpn":
-        if output.objectness is None:
-            raise ValueError("logits.rpn needs the objectness of both detectors; run their dense step.")
-        return {stride: map_value(level.float()) for stride, level in output.objectness.items()}
-    if name == "logits.roi":
-        if output.regions is None:
-            raise ValueError("logits.roi needs class responses of both detectors on the same proposals.")
-        counts = [len(boxes) for boxes in output.regions.proposals]
-        return {0: vector_value(output.regions.class_logits.float(), counts)}
-    raise ValueError(f"Unknown knowledge input {name!r}; expected one of {', '.join(INPUTS)}.")
-
-
-def match_levels(student: dict[int, Value], teacher: dict[int, Value]) -> list[tuple[Value, Value]]:
-    """Pairs of values of the same nominal stride, finest first.
-
-    Where the two detectors see the image at different sizes, the teacher's map is resampled to the student's grid.
-    """
-    pairs = []
-    for stride in sorted(set(student) & set(teacher)):
-        ours, theirs = student[stride], teacher[stride]
-        if ours.kind.spatial and ours.data.shape[-2:] != theirs.data.shape[-2:]:
-            size = (int(ours.data.shape[-2]), int(ours.data.shape[-1]))
-            resampled = F.interpolate(theirs.data, size=size, mode="bilinear", align_corners=False)
-            theirs = Value(resampled, theirs.kind, theirs.axis, theirs.weights)
-        pairs.append((ours, theirs))
-    return pairs
-
-
-def resized_boxes(
-    boxes: Sequence[Tensor], before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]
-) -> list[Tensor]:
-    """Boxes R×4 xyxy per image, moved from images of the sizes ``before`` (height, width) to the sizes ``after``."""
-    moved = []
-    for found, (height, width), (new_height, new_width) in zip(boxes, before, after, strict=True):
-        moved.append(found * found.new_tensor([new_width / width, new_height / height] * 2))
-    return moved
+def parts_of(names: Sequence[str] | frozenset[str]) -> frozenset[str]:
+    """What a detector must run for these inputs: some of ``outputs.PARTS``."""
+    return frozenset(INPUTS[name].part for name in names)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
-from autodet.detectors import DetectorOutput, DetectorSpec, Regions
+import torch
+from torch import Tensor
+
+from autodet.detectors import DetectorSpec
 from autodet.distill.distiller import Distiller
 from autodet.distill.formula import Formula
+from autodet.distill.outputs import DetectorOutput
 
 THRESHOLD = 100.0  # a weighted loss above this is rejected (DetKDS's public code)
 GRADIENT_FLOOR = 1e-12
@@ -48,9 +52,7 @@ class Probe:
                 return str(error)
         for index, term in enumerate(formula.terms):
             if f"distill/{index}/{term.input}" not in losses:
-                return (
-                    f"'{term}' compares rows of a batch with one another; it needs {term.min_batch}, too few are here"
-                )
+                return f"'{term}' needs {term.min_batch} images or regions to compare, and the batch has fewer"
         for name, loss in losses.items():
             if reason := _reason(float(loss.detach())):
                 return f"{name}: {reason}"
@@ -71,7 +73,7 @@ def _reason(loss: float) -> str | None:
     return None
 
 
-def _gradient_reason(loss: torch.Tensor, student: DetectorOutput) -> str | None:
+def _gradient_reason(loss: Tensor, student: DetectorOutput) -> str | None:
     gradients = torch.autograd.grad(loss, _tensors(student), retain_graph=True, allow_unused=True)
     squares = [gradient.double().square().sum() for gradient in gradients if gradient is not None]
     norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
@@ -80,20 +82,24 @@ def _gradient_reason(loss: torch.Tensor, student: DetectorOutput) -> str | None:
     return None if norm > GRADIENT_FLOOR else "the gradient is zero"
 
 
-def _tensors(output: DetectorOutput) -> list[torch.Tensor]:
-    regions = [output.regions.class_logits] if output.regions else []
-    return [*output.features.values(), *(output.objectness or {}).values(), *regions]
+def _tensors(output: DetectorOutput) -> list[Tensor]:
+    """All that a loss may depend on."""
+    regions = [output.regions.class_logits, output.regions.corners] if output.regions else []
+    return [level for levels in _levels(output) for level in levels.values()] + regions
+
+
+def _levels(output: DetectorOutput) -> list[dict[int, Tensor]]:
+    return [output.features, output.logits or {}, output.corners or {}]
 
 
 def _leaves(output: DetectorOutput) -> DetectorOutput:
     """The same values as leaves of a new graph."""
 
-    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().float().requires_grad_()
 
+    features, logits, corners = ({s: leaf(level) for s, level in levels.items()} for levels in _levels(output))
     regions = output.regions
-    return DetectorOutput(
-        {stride: leaf(level) for stride, level in output.features.items()},
-        {stride: leaf(level) for stride, level in output.objectness.items()} if output.objectness else None,
-        Regions(regions.proposals, leaf(regions.class_logits), regions.box_deltas) if regions else None,
-    )
+    if regions is not None:
+        regions = replace(regions, class_logits=leaf(regions.class_logits), corners=leaf(regions.corners))
+    return replace(output, features=features, logits=logits or None, corners=corners or None, regions=regions)

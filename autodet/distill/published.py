@@ -2,6 +2,18 @@
 
 Weights are those of the equations, so that a formula equals the published loss up to what ``remark`` says; the factor
 that suits a data set is tuned by whoever compares them.
+
+The language treats student and teacher alike and trains nothing but a 1×1 convolution, so it cannot say:
+
+- FGD's attention (from the teacher alone, as a weight on both), its loss between attentions, and its relation (GcBlock,
+  trained);
+- MGD (Yang et al., ECCV 2022): the student's map alone is masked, and a trained block restores it;
+- FRS (Du et al., NeurIPS 2021): every position weighs as the teacher's highest class score there;
+- LD (Zheng et al., CVPR 2022): compares distributions over the position of a box's sides, which none of Faster R-CNN,
+  RetinaNet and FCOS predicts; ``localization.dense`` and ``localization.roi`` compare the boxes themselves;
+- GID's choice of instances, by how far student and teacher scores differ, and its relation, the distances between them;
+- CrossKD (Wang et al., CVPR 2024): the student's features run through the teacher's head;
+- weights by the difference between student and teacher, as in BCKD.
 """
 
 from __future__ import annotations
@@ -24,12 +36,14 @@ class Published:
         """The text, read and checked."""
         return Formula.parse(self.text)
 
-    def weighted(self, normalised: bool) -> Formula:
-        """The formula for the distiller's ``normalise``: weight 1 where terms are normalised, since the equation's
-        weight belongs to terms as they are."""
+    def weighted(self, normalised: bool, weight: float = 1.0) -> Formula:
+        """The formula for the distiller's ``normalise``: where terms are normalised the heaviest gets ``weight``, since
+        the equation's weights belong to terms as they are; what remains of these is their ratio."""
         if not normalised:
             return self.formula
-        return Formula(tuple(replace(term, weight=1.0) for term in self.formula.terms))
+        heaviest = max(term.weight for term in self.formula.terms)
+        scaled = (replace(term, weight=weight * term.weight / heaviest) for term in self.formula.terms)
+        return Formula(tuple(scaled))
 
 
 PUBLISHED: dict[str, Published] = {
@@ -62,5 +76,28 @@ PUBLISHED: dict[str, Published] = {
         "logits.roi: softmax(c, t=2) | kl * 4",
         "Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2",
         "The weight is t². On the class logits of shared proposals, background included, averaged per image.",
+    ),
+    "kd_dense": Published(
+        "logits.dense: bernoulli | kl * 1",
+        "Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2, for sigmoid heads",
+        "Each logit is a distribution over two outcomes, t = 1; averaged over anchors, classes and positions.",
+    ),
+    "bckd": Published(
+        "localization.dense: iou * 1; logits.dense: bernoulli | kl * 1",
+        "Yang et al., Bridging Cross-task Protocol Inconsistency (ICCV 2023): binary and IoU-based losses",
+        "Boxes weigh as the teacher's score and logits alike, where the paper weighs by |p_T − p_S|. The divergence is "
+        "its cross-entropy less the teacher's entropy. The weight between the two terms is ours.",
+    ),
+    "fgd": Published(
+        "bg: l2 * 0.5; fg: l2 * 1",
+        "Yang et al., Focal and Global Knowledge Distillation for Detectors (CVPR 2022): the focal feature loss",
+        "The paper's α = 2β, up to their common factor; it adds channels and levels, ours averages them. Its attention "
+        "weights, attention loss and global relation are missing.",
+    ),
+    "gid": Published(
+        "instance: l2 * 1",
+        "Dai et al., General Instance Distillation (CVPR 2021): the feature-based part",
+        "Instances are the ground-truth boxes, where the paper chooses by differences of scores; squares are averaged. "
+        "The relation-based part is missing; the response-based one is a term on logits.",
     ),
 }

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors
@@ -15,18 +16,24 @@ from torch import Tensor
 
 from autodet.atomic import atomic_write_bytes
 from autodet.data import Batch
-from autodet.detectors import Detector, DetectorOutput, Regions
+from autodet.detectors import Detector, TwoStage
 from autodet.detectors.weights import weights_hash
-from autodet.distill.formula import INPUTS
-from autodet.distill.inputs import resized_boxes
+from autodet.distill.inputs import parts_of
+from autodet.distill.outputs import PARTS, DetectorOutput, RegionOutput, output_of, resized_boxes
 
+FORMAT = 2  # of the stored answers
+GROUPS = {  # names in a stored answer, by the part that they belong to
+    "features": ("features",),
+    "dense": ("logits", "corners"),
+    "regions": ("proposals", "class_logits", "region_corners"),
+}
 PROPOSALS = 64  # the teacher's best proposals per image on which both box heads are compared [ours]
 
 
 class Teacher:
     """A frozen detector that answers for batches.
 
-    inputs: knowledge inputs that will be asked for; nothing else is computed (backbone and neck only for ``global``).
+    inputs: knowledge inputs that will be asked for; no step is run that none needs (``InputSpec.part``).
     directory: keeps answers in 16 bits under a key of the teacher's weights, the batch and the image content; use it
     with a loader whose batches recur (``BatchPlan(fixed=True)``), otherwise it only fills the disk.
     """
@@ -39,7 +46,7 @@ class Teacher:
         self.directory = directory
         detector.model.eval()
         weights = weights_hash(detector.model.state_dict()) if directory is not None else ""
-        self._identity = [weights, json.dumps(detector.spec.to_json(), sort_keys=True), content, PROPOSALS]
+        self._identity = [weights, json.dumps(detector.spec.to_json(), sort_keys=True), content, PROPOSALS, FORMAT]
 
     def asked_for(self, inputs: Iterable[str]) -> Teacher:
         """The same teacher, asked for less or more."""
@@ -50,32 +57,48 @@ class Teacher:
     def __call__(self, batch: Batch) -> DetectorOutput:
         """The teacher's outputs on a batch, without gradient, on its device; proposals in the batch's pixels."""
         if self.directory is None:
-            return self._compute(batch, self.inputs)
+            return self._compute(batch, parts_of(self.inputs))
         path = self.directory / f"{self._key(batch)}.safetensors"
         if not path.exists():
             # All inputs at once: formulas differ in what they need, and the next one finds the file.
-            answer = self._compute(batch, frozenset(INPUTS))
+            everything = PARTS if self.detector.spec.two_stage else PARTS[:2]
+            answer = self._compute(batch, frozenset(everything))
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_bytes(path, safetensors.torch.save(_pack(answer)))
-        return _unpack(path, self.inputs, next(self.detector.model.parameters()).device)
+        return self._unpack(path, batch)
 
-    def _compute(self, batch: Batch, needs: frozenset[str]) -> DetectorOutput:
-        device = next(self.detector.model.parameters()).device
+    def _compute(self, batch: Batch, parts: frozenset[str]) -> DetectorOutput:
+        detector = self.detector
+        device = next(detector.model.parameters()).device
         # Not inference_mode: its tensors cannot enter a loss that is differentiated. Always in the weights' own
         # precision: the answer outlives, in its file, the student that happened to ask first.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            inputs = self.detector.preprocess([image.to(device) for image in batch.images])
-            features = self.detector.features(inputs)
-            if not needs & {"logits.rpn", "logits.roi"}:
-                return DetectorOutput(features)
-            dense = self.detector.dense(inputs, features)
-            if "logits.roi" not in needs:
-                return DetectorOutput(features, dense.objectness)
-            proposals = [boxes[:PROPOSALS] for boxes in self.detector.proposals(inputs, dense)]
-            regions = self.detector.regions(inputs, features, proposals)
-            # The student may see the image at another size.
-            shared = resized_boxes(proposals, inputs.images.image_sizes, inputs.sizes)
-            return DetectorOutput(features, dense.objectness, Regions(shared, regions.class_logits, regions.box_deltas))
+            inputs = detector.preprocess([image.to(device) for image in batch.images])
+            features = detector.features(inputs)
+            dense = detector.dense(inputs, features) if parts - {"features"} else None
+            proposals = None
+            if dense is not None and "regions" in parts:
+                assert isinstance(detector, TwoStage)
+                best = [boxes[:PROPOSALS] for boxes in detector.proposals(inputs, dense)]
+                proposals = resized_boxes(best, inputs.images.image_sizes, inputs.sizes)  # a student may see another
+            answer = output_of(detector, batch, inputs, features, dense if "dense" in parts else None, proposals)
+        return answer if "features" in parts else replace(answer, features={})
+
+    def _unpack(self, path: Path, batch: Batch) -> DetectorOutput:
+        """Only the tensors that are needed are read from the file; the ground truth is the batch's."""
+        parts = parts_of(self.inputs)
+        device = next(self.detector.model.parameters()).device
+        tensors = _read(path, device, parts)
+        canvas, *sizes = [(int(height), int(width)) for height, width in tensors["frame"]]
+        truth = [target["boxes"].to(device) for target in batch.targets]
+        boxes = resized_boxes(truth, [(int(image.shape[-2]), int(image.shape[-1])) for image in batch.images], sizes)
+        output = DetectorOutput(self.detector.spec, _levels(tensors, "features"), canvas, sizes, boxes)
+        if "dense" in parts:
+            output.logits, output.corners = _levels(tensors, "logits"), _levels(tensors, "corners")
+        if "regions" in parts:
+            proposals = [tensors[name] for name in sorted(tensors) if name.startswith("proposals/")]
+            output.regions = RegionOutput(proposals, tensors["class_logits"], tensors["region_corners"])
+        return output
 
     def _key(self, batch: Batch) -> str:
         return hashlib.sha256(json.dumps([*self._identity, str(batch.key)]).encode()).hexdigest()[:32]
@@ -83,32 +106,26 @@ class Teacher:
 
 def _pack(answer: DetectorOutput) -> dict[str, Tensor]:
     """Maps in half precision, boxes and the few class logits in full."""
-    tensors = {f"features/{stride}": _half(level) for stride, level in answer.features.items()}
-    tensors |= {f"objectness/{stride}": _half(level) for stride, level in (answer.objectness or {}).items()}
+    tensors = {"frame": torch.tensor([answer.canvas, *answer.sizes])}
+    for group, levels in (("features", answer.features), ("logits", answer.logits), ("corners", answer.corners)):
+        tensors |= {f"{group}/{stride}": _half(level) for stride, level in (levels or {}).items()}
     if answer.regions is not None:
         tensors |= {f"proposals/{i:04d}": boxes for i, boxes in enumerate(answer.regions.proposals)}
-        tensors |= {"class_logits": answer.regions.class_logits, "box_deltas": answer.regions.box_deltas}
+        tensors |= {"class_logits": answer.regions.class_logits, "region_corners": answer.regions.corners}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _read(path: Path, device: torch.device, parts: frozenset[str]) -> dict[str, Tensor]:
+    """The frame and what belongs to the parts, by the names that ``_pack`` gave."""
+    groups = {"frame", *(group for part in parts for group in GROUPS[part])}
+    with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.split("/")[0] in groups}  # noqa: SIM118
+
+
+def _levels(tensors: dict[str, Tensor], group: str) -> dict[int, Tensor]:
+    return {int(name.split("/")[1]): tensor for name, tensor in tensors.items() if name.startswith(f"{group}/")}
 
 
 def _half(level: Tensor) -> Tensor:
     # float16 keeps 3 more bits than bfloat16; a value beyond its range keeps full precision instead of becoming inf.
     return level.half() if level.abs().max() < torch.finfo(torch.float16).max else level
-
-
-def _unpack(path: Path, needs: frozenset[str], device: torch.device) -> DetectorOutput:
-    """Only the tensors that are needed are read from the file."""
-    with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-        names = list(file.keys())
-
-        def levels(group: str) -> dict[int, Tensor]:
-            found = [name for name in names if name.startswith(f"{group}/")]
-            return {int(name.split("/")[1]): file.get_tensor(name) for name in found}
-
-        features = levels("features") if "global" in needs else {}
-        objectness = levels("objectness") if "logits.rpn" in needs else None
-        regions = None
-        if "logits.roi" in needs:
-            proposals = [file.get_tensor(name) for name in sorted(names) if name.startswith("proposals/")]
-            regions = Regions(proposals, file.get_tensor("class_logits"), file.get_tensor("box_deltas"))
-    return DetectorOutput(features, objectness, regions)

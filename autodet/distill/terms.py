@@ -42,25 +42,28 @@ def _level_loss(term: Term, student: Value, teacher: Value, generator: torch.Gen
             f"Term '{term}': the student's {ours} cannot be compared with the teacher's {theirs}. "
             "Match the levels by stride and lift the student's channels first."
         )
-    student, teacher = _precise(student), _precise(teacher)
+    student, teacher = _precise(student), _precise(replace(teacher, data=teacher.data.detach()))
     for op in term.transforms:
-        student, teacher = _transformed(op, student, teacher, generator)
-    spec = DISTANCES[term.distance.name]
-    _check_rows(term.distance, spec, student)
-    loss: Tensor = spec.function(student, teacher, **term.distance.arguments())
+        student, teacher = transformed(op, student, teacher, generator)
+    return compared(term.distance, student, teacher)
+
+
+def compared(op: Op, student: Value, teacher: Value) -> Tensor:
+    """A distance between two transformed values, reduced to a scalar."""
+    spec = DISTANCES[op.name]
+    _check_rows(op, spec, student)
+    loss: Tensor = spec.function(student, teacher, **op.arguments())
     return loss if loss.ndim == 0 else (loss * student.weights).sum()
 
 
-def _transformed(op: Op, student: Value, teacher: Value, generator: torch.Generator) -> tuple[Value, Value]:
+def transformed(op: Op, student: Value, teacher: Value, generator: torch.Generator) -> tuple[Value, Value]:
+    """Both sides after one transform, with the same random draw."""
     spec, arguments = TRANSFORMS[op.name], op.arguments()
     _check_rows(op, spec, student)
     if not spec.random:
-        with torch.no_grad():
-            other = spec.function(teacher, **arguments)
-        return spec.function(student, **arguments), other
+        return spec.function(student, **arguments), spec.function(teacher, **arguments)
     state = generator.get_state()
-    with torch.no_grad():
-        other = spec.function(teacher, **arguments, generator=generator)
+    other = spec.function(teacher, **arguments, generator=generator)
     generator.set_state(state)
     return spec.function(student, **arguments, generator=generator), other
 

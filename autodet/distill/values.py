@@ -1,16 +1,17 @@
 """What a formula computes on: tensors with a kind, and how an operation of the language is described.
 
-Rows are dimension 0: images for maps (patches after ``patch``), regions for vectors. Kinds of boxes, for localization,
-would be one more field of ``Kind``; every rule asks the kind through ``axes`` and ``accepts``, never by comparison.
+Rows are dimension 0: images for maps (patches after ``patch``, instances for ``instance``), regions for vectors and
+boxes. Every rule asks the kind through ``axes`` and ``accepts``, never by comparison.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 Number: TypeAlias = "int | float"
@@ -21,20 +22,28 @@ _DIMENSIONS = {"n": (0,), "c": (1,), "hw": (2, 3), "chw": (1, 2, 3), "nhw": (0, 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the numbers are: spatial (N×C×H×W) or not (R×C), with channels or one plane, a distribution or plain."""
+    """What the numbers are: spatial (N×C×H×W) or not (R×C), with channels or one plane, a distribution or plain.
+
+    boxes: R×4 xyxy, which only distances take: what a transform would make of them is no box any more.
+    """
 
     spatial: bool
     distribution: bool
     channels: bool = True
+    boxes: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes that an operation may name. Each has one name: a plane has hw but no chw."""
+        if self.boxes:
+            return ()
         if not self.spatial:
             return ("n", "c")
         return ("n", "c", "hw", "chw", "nhw") if self.channels else ("n", "hw", "nhw")
 
     def __str__(self) -> str:
+        if self.boxes:
+            return "list of boxes"
         shape = ("map" if self.channels else "plane") if self.spatial else "vector"
         return f"distribution over a {shape}" if self.distribution else shape
 
@@ -42,17 +51,18 @@ class Kind:
 MAP = Kind(spatial=True, distribution=False)
 PLANE = Kind(spatial=True, distribution=False, channels=False)
 VECTOR = Kind(spatial=False, distribution=False)
+BOXES = Kind(spatial=False, distribution=False, channels=False, boxes=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
     """One side of a comparison on one level.
 
-    data: N×C×H×W (map; C = 1 for a plane) or R×C (vector). A distribution holds **log**-probabilities, and ``axis``
-    says what they sum to one over (an axis, or ``pair``); None for plain numbers.
-    weights: one per row, on the data's device, summing to one, such that a weighted sum over rows is the mean over
-    images: 1/N for maps, 1/(N·R_i) for the R_i regions of image i. So the result is the same however the images of a
-    batch are split over workers.
+    data: N×C×H×W (map; C = 1 for a plane), R×C (vector) or R×4 (boxes). A distribution holds **log**-probabilities,
+    and ``axis`` says what they sum to one over (an axis, or ``pair``); None for plain numbers.
+    weights: one per row, on the data's device, such that a weighted sum over rows is the mean over images: 1/N for
+    maps, 1/(N·R_i) for the R_i regions of image i; an image without regions counts as zero. So the result is the same
+    however the images of a batch are split over workers.
     """
 
     data: Tensor
@@ -74,9 +84,14 @@ def vector_value(data: Tensor, rows_per_image: list[int]) -> Value:
     """Plain vectors R×C, where the first ``rows_per_image[0]`` rows belong to the first image and so on."""
     if sum(rows_per_image) != len(data):
         raise ValueError(f"Expected {sum(rows_per_image)} rows (the sum of rows_per_image), found {len(data)}.")
-    occupied = max(1, sum(count > 0 for count in rows_per_image))
-    weights = [1.0 / (occupied * count) for count in rows_per_image for _ in range(count)]
-    return Value(data, VECTOR, None, data.new_tensor(weights))
+    return Value(data, VECTOR, None, region_weights(rows_per_image, data))
+
+
+def region_weights(rows_per_image: Sequence[int], like: Tensor) -> Tensor:
+    """1/(N·R_i) for each of the R_i rows of image i, on the device of ``like`` and at least in its precision."""
+    images = max(1, len(rows_per_image))
+    weights = [1.0 / (images * count) for count in rows_per_image for _ in range(count)]
+    return torch.tensor(weights, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def dimensions(axis: str) -> tuple[int, ...]:
@@ -156,8 +171,8 @@ def is_spatial(kind: Kind) -> bool:
 
 
 def is_plain(kind: Kind) -> bool:
-    """Anything but a distribution."""
-    return not kind.distribution
+    """Plain map, plane or vector."""
+    return not kind.distribution and not kind.boxes
 
 
 def is_distribution(kind: Kind) -> bool:
@@ -165,6 +180,16 @@ def is_distribution(kind: Kind) -> bool:
     return kind.distribution
 
 
+def is_boxes(kind: Kind) -> bool:
+    """R×4 xyxy."""
+    return kind.boxes
+
+
+def has_axes(kind: Kind) -> bool:
+    """Anything but boxes."""
+    return not kind.boxes
+
+
 def is_any(kind: Kind) -> bool:
-    """Every kind of this slice."""
+    """Every kind."""
     return True

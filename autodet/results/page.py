@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -70,6 +73,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], code: Sequen
 
 class Number(str):
     """A number that is already formatted."""
+
+
+def points(ap: Any) -> Number:
+    """An AP of 0–1 as 0–100; nothing for NaN."""
+    return Number("" if pd.isna(ap) else f"{ap * 100:.1f}")
+
+
+def signed_points(difference: Any) -> Number:
+    """A difference of APs of 0–1 in AP points, with its sign; nothing for NaN."""
+    return Number("" if pd.isna(difference) else f"{difference * 100:+.1f}")
+
+
+def range_of_points(low: Any, high: Any) -> Number:
+    """An interval of APs of 0–1 in AP points; nothing for NaN."""
+    return Number("" if pd.isna(low) else f"{low * 100:.1f} to {high * 100:.1f}")
 
 
 def picture(png: bytes, caption: str) -> str:

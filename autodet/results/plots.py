@@ -74,8 +74,8 @@ def draw_best_so_far(data: pd.DataFrame) -> Figure:
             line = axes.step(x, rows["best"] * 100, where="post", color=colour, linestyle=style, linewidth=1.8)
         line[0].set_label(str(name))
     left.set_ylim(bottom=floor)
-    _label(left, "candidates that have ended", "AP (dots: candidates, lines: best so far)")
-    _label(right, "minutes since the start")
+    label_axes(left, "candidates that have ended", "AP (dots: candidates, lines: best so far)")
+    label_axes(right, "minutes since the start")
     if not data.empty:
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
@@ -127,7 +127,7 @@ def draw_operation_wins(data: pd.DataFrame) -> Figure:
     if len(data):  # an interval from two or three values may span the whole page; its ends do not matter
         low, high = data["ap"].min() * 100, data["ap"].max() * 100
         panels[-1].set_xlim(low - 0.15 * (high - low) - 0.5, high + 0.15 * (high - low) + 0.5)
-    _label(panels[-1], "mean AP of the candidates that use it, with 95 % interval")
+    label_axes(panels[-1], "mean AP of the candidates that use it, with 95 % interval")
     return figure
 
 
@@ -146,7 +146,7 @@ def draw_rank_agreement(data: pd.DataFrame) -> Figure:
     axes.set_title(f"Spearman's rank correlation {correlation:.2f} over {len(data)} formulas", fontsize=10.5)
     if data["inherit"].nunique() > 1:
         axes.legend(frameon=False, fontsize=9)
-    _label(axes, "AP in the proxy", "AP after long training")
+    label_axes(axes, "AP in the proxy", "AP after long training")
     return figure
 
 
@@ -165,7 +165,7 @@ def draw_comparison(data: pd.DataFrame, baseline: str) -> Figure:
     beside.tick_params(length=0, labelsize=9)
     beside.spines["right"].set_visible(False)
     base = data.loc[data["arm"] == baseline, "mean"].iloc[0] * 100
-    _label(axes, f"paired difference in AP to {baseline} ({base:.1f} AP), mean with 95 % interval")
+    label_axes(axes, f"paired difference in AP to {baseline} ({base:.1f} AP), mean with 95 % interval")
     return figure
 
 
@@ -178,7 +178,8 @@ def _intervals(axes: Axes, rows: pd.DataFrame, middle: pd.Series[Any], colour: s
         axes.plot(value, y, "o", color=colour, markersize=6, markerfacecolor="white" if single else colour)
 
 
-def _label(axes: Axes, x: str, y: str | None = None) -> None:
+def label_axes(axes: Axes, x: str, y: str | None = None) -> None:
+    """Label one panel, and give all panels of its figure the grid, spines and type of every picture here."""
     axes.set_xlabel(x, fontsize=10)
     if y is not None:
         axes.set_ylabel(y, fontsize=10)

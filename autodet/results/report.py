@@ -17,8 +17,10 @@ from autodet.lease import LAPSE_SECONDS, read_holder
 from autodet.ledger import Ledger, is_run
 from autodet.records import Record, records_from
 from autodet.results import page, plots
+from autodet.results.facts import with_facts
 from autodet.results.frame import found_arm, frame_of, leaderboard, paired_differences
-from autodet.results.page import Number
+from autodet.results.guidance_page import guidance_sections
+from autodet.results.page import points, range_of_points, signed_points
 from autodet.results.wording import equations, sentences
 
 BASELINES = ("inherit-only", "undistilled")  # what a comparison is measured against, the first that is there
@@ -54,6 +56,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None, baseline
         _comparison(compared),
         _best(frame),
         _controls(frame),
+        *guidance_sections(with_facts(frame, run_dir)),
         _pictures(run_dir, target),
         _failures(frame, records),
         _settings(ledger),
@@ -115,7 +118,7 @@ def _found(frame: pd.DataFrame) -> str:
         return ""
     runs = f"mean of {arm['runs']} runs" if arm["runs"] > 1 else "a single run, so partly luck"
     start = "start from the teacher's" if arm["inherit"] else "are its own"
-    summary = f"AP {_ap(arm['ap'])} ({runs}); the student's neck and head {start}."
+    summary = f"AP {points(arm['ap'])} ({runs}); the student's neck and head {start}."
     formula = str(arm["formula"])
     heading = "The formula that was found"
     words = page.bullets(sentences(formula))
@@ -134,7 +137,7 @@ def _students(folder: Path) -> str:
         return ""
     records = records_from(Ledger.open(folder).events())
     rows = [
-        (record.group, _ap(record.ap), record.status, f"weights/{record.weights}.safetensors") for record in records
+        (record.group, points(record.ap), record.status, f"weights/{record.weights}.safetensors") for record in records
     ]
     note = f"AP ×100, one training each on the full schedule, so seeds decide part of it. Files are in {STUDENTS}/."
     return page.section("Students", page.paragraph(note), page.table(("student", "AP", "status", "file"), rows))
@@ -145,7 +148,14 @@ def _comparison(compared: tuple[pd.DataFrame, str] | None) -> str:
         return ""
     data, baseline = compared
     rows = [
-        (row.arm, row.runs, _ap(row.mean), row.pairs, _signed(row.difference), _range(row.low, row.high))
+        (
+            row.arm,
+            row.runs,
+            points(row.mean),
+            row.pairs,
+            signed_points(row.difference),
+            range_of_points(row.low, row.high),
+        )
         for row in data.itertuples()
     ]
     note = f"AP ×100. Differences are to {baseline}, paired by seed, with the 95 % t-interval of their mean."
@@ -156,7 +166,15 @@ def _comparison(compared: tuple[pd.DataFrame, str] | None) -> str:
 def _best(frame: pd.DataFrame) -> str:
     board = leaderboard(frame[frame["origin"] != "control"], BEST_ROWS)
     rows = [
-        (_ap(row.ap), row.runs, _range(row.low, row.high), row.phase, row.first, _yes(row.inherit), row.formula)
+        (
+            points(row.ap),
+            row.runs,
+            range_of_points(row.low, row.high),
+            row.phase,
+            row.first,
+            _yes(row.inherit),
+            row.formula,
+        )
         for row in board.itertuples()
     ]
     note = "AP ×100, mean over runs with 95 % interval. A formula with one run owes part of its place to luck."
@@ -169,7 +187,8 @@ def _best(frame: pd.DataFrame) -> str:
 def _controls(frame: pd.DataFrame) -> str:
     board = leaderboard(frame[frame["origin"] == "control"])
     rows = [
-        (row.formula, _yes(row.inherit), _ap(row.ap), row.runs, _range(row.low, row.high)) for row in board.itertuples()
+        (row.formula, _yes(row.inherit), points(row.ap), row.runs, range_of_points(row.low, row.high))
+        for row in board.itertuples()
     ]
     note = "The same training without a searched formula. What is found has to beat these."
     columns = ("formula", "inherited", "AP", "runs", "95 % interval")
@@ -222,18 +241,6 @@ def _repeat(ledger: Ledger, run_dir: Path) -> str:
     about = {key: value for key, value in ledger.about["about"].items() if key != "command"}
     facts = json.dumps(about, indent=2, ensure_ascii=False) if about else ""
     return page.section("How to repeat", page.preformatted("\n".join(lines)), page.preformatted(facts) if facts else "")
-
-
-def _ap(value: Any) -> Number:
-    return Number("" if pd.isna(value) else f"{value * 100:.1f}")
-
-
-def _signed(value: Any) -> Number:
-    return Number("" if pd.isna(value) else f"{value * 100:+.1f}")
-
-
-def _range(low: Any, high: Any) -> Number:
-    return Number("" if pd.isna(low) else f"{low * 100:.1f} to {high * 100:.1f}")
 
 
 def _yes(value: Any) -> str:

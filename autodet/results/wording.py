@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 INPUTS = {
     "global": "the feature maps of every pyramid level",
-    "logits.rpn": "the proposal network's objectness maps",
+    "fg": "the feature maps inside the true boxes",
+    "bg": "the feature maps outside the true boxes",
+    "instance": "the features of each true box",
+    "logits.dense": "the responses at every location (objectness, or classes)",
     "logits.roi": "the class responses on shared proposals",
+    "localization.dense": "the boxes predicted at every location",
+    "localization.roi": "the boxes predicted from shared proposals",
 }
 # Phrase, the name of the parameter that may be written without its name.
 OPERATIONS: dict[str, tuple[str, str]] = {
@@ -44,6 +49,8 @@ OPERATIONS: dict[str, tuple[str, str]] = {
     "cosine": ("one minus the cosine{axis}", "axis"),
     "pearson": ("one minus the correlation{axis}", "axis"),
     "crosscorr": ("the distance of each element's correlation across the batch from one", ""),
+    "iou": ("one minus the overlap of the boxes (IoU)", ""),
+    "giou": ("one minus the generalised overlap of the boxes (GIoU)", ""),
     "ssim": ("one minus the structural similarity{window}", "window"),
 }
 AXES = {"n": "the batch", "c": "channels", "hw": "positions"}

@@ -17,14 +17,20 @@ from autodet.search.candidate import (
 from autodet.search.divide_conquer import DivideAndConquer, DivideSettings
 from autodet.search.evolution import Admit, Breeding, Evolution, Space, admit_all
 from autodet.search.fixed import FixedList
+from autodet.search.grid import Grid, GridInput
 from autodet.search.history import History, Standing
+from autodet.search.prediction import Prediction
 from autodet.search.replay import Objective, rebuild, run_serial
 from autodet.search.session import Session
+from autodet.search.spaces import GRAMMAR, Spaces
 from autodet.search.stopping import MedianStop, StopRule
+from autodet.search.table_file import read_table, write_table
+from autodet.search.tabular import Table, TableError
 
 __all__ = [
     "EMPTY",
     "FINISHED",
+    "GRAMMAR",
     "WAIT",
     "Admit",
     "Answer",
@@ -37,22 +43,30 @@ __all__ = [
     "DivideSettings",
     "Evolution",
     "FixedList",
+    "Grid",
+    "GridInput",
     "History",
     "MedianStop",
     "Objective",
+    "Prediction",
     "Rules",
     "Search",
     "Session",
     "Signal",
     "Space",
+    "Spaces",
     "Standing",
     "Status",
     "StopRule",
+    "Table",
+    "TableError",
     "WholeFormulaSearch",
     "admit_all",
     "flat_evolution",
     "random_search",
+    "read_table",
     "rebuild",
     "rng_for",
     "run_serial",
+    "write_table",
 ]

@@ -7,7 +7,7 @@ from autodet.distill.grammar import MIN_BATCH
 from autodet.search.ask_tell import AskTell, Rules
 from autodet.search.candidate import Ask
 from autodet.search.evolution import Admit, Breeding, Evolution, admit_all
-from autodet.search.spaces import formula_space
+from autodet.search.spaces import GRAMMAR, Spaces
 
 
 class WholeFormulaSearch(AskTell):
@@ -41,9 +41,11 @@ def random_search(
     admit: Admit = admit_all,
     given: Sequence[Formula] = (),
     min_batch: int = MIN_BATCH,
+    spaces: Spaces = GRAMMAR,
 ) -> WholeFormulaSearch:
     """Formulas on random subsets of the inputs, each drawn anew: evolution that never leaves its first generation."""
-    return _whole("random", inputs, seed, explore, Breeding(population=max(explore, 1)), rules, admit, given, min_batch)
+    breeding = Breeding(population=max(explore, 1))
+    return _whole("random", inputs, seed, explore, breeding, rules, admit, given, min_batch, spaces)
 
 
 def flat_evolution(
@@ -55,9 +57,10 @@ def flat_evolution(
     admit: Admit = admit_all,
     given: Sequence[Formula] = (),
     min_batch: int = MIN_BATCH,
+    spaces: Spaces = GRAMMAR,
 ) -> WholeFormulaSearch:
     """One population of whole formulas: the same evolution without dividing."""
-    return _whole("flat", inputs, seed, explore, breeding or Breeding(), rules, admit, given, min_batch)
+    return _whole("flat", inputs, seed, explore, breeding or Breeding(), rules, admit, given, min_batch, spaces)
 
 
 def _whole(
@@ -70,7 +73,9 @@ def _whole(
     admit: Admit,
     given: Sequence[Formula],
     min_batch: int,
+    spaces: Spaces,
 ) -> WholeFormulaSearch:
     rules = rules or Rules()
-    population = Evolution(phase, phase, seed, rules.inherit, formula_space(inputs, given, min_batch), breeding, admit)
+    space = spaces.whole(inputs, given, min_batch)
+    population = Evolution(phase, phase, seed, rules.inherit, space, breeding, admit)
     return WholeFormulaSearch(population, explore, rules)

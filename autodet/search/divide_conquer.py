@@ -9,7 +9,8 @@ from autodet.search.ask_tell import SOFT_CHANGE, AskTell, Rules
 from autodet.search.candidate import Ask
 from autodet.search.evolution import Admit, Breeding, Evolution, admit_all
 from autodet.search.history import Standing
-from autodet.search.spaces import term_space, weight_space
+from autodet.search.prediction import PredictedPhase, Prediction
+from autodet.search.spaces import GRAMMAR, Spaces
 
 GENERATIONS = 4
 """Least number of generations of a population. With fewer, evolution is little more than random search: the public
@@ -71,19 +72,24 @@ class DivideAndConquer(AskTell):
         admit: Admit = admit_all,
         given: Sequence[Formula] = (),
         min_batch: int = MIN_BATCH,
+        spaces: Spaces = GRAMMAR,
+        prediction: Prediction | None = None,
     ) -> None:
         """given: formulas, such as published ones, whose terms start the populations of their inputs.
 
         min_batch: images in the smallest batch of a worker; operations that need more are not offered.
+        spaces: what is searched: the whole grammar, or a grid. prediction: combine the inputs by a model instead of by
+        evolution; it then starts after fewer single formulas, and gets what they leave of the same budget.
         """
         if not inputs or len(set(inputs)) != len(inputs):
             raise ValueError(f"expected different knowledge inputs, at least one, found {list(inputs)}")
         self.settings = settings or DivideSettings()
         super().__init__(self.settings.rules)
-        self.inputs, self._seed, self._admit = tuple(inputs), seed, admit
+        self.inputs, self._seed, self._admit, self._spaces = tuple(inputs), seed, admit, spaces
+        self._min_batch, self._prediction = min_batch, prediction
         breeding, inherit = self.settings.formulas, self.rules.inherit
         self._populations = {
-            input: Evolution("formula", input, seed, inherit, term_space(input, given, min_batch), breeding, admit)
+            input: Evolution("formula", input, seed, inherit, spaces.single(input, given, min_batch), breeding, admit)
             for input in inputs
         }
 
@@ -94,6 +100,18 @@ class DivideAndConquer(AskTell):
         replicates = self._most_replicated * (settings.runs - 1)
         explored = len(self.inputs) * settings.budget_per_input + settings.weights_budget
         return self.rules.overhead + explored + replicates
+
+    @property
+    def _singles(self) -> int:
+        """How many formulas of each input are asked alone."""
+        most = self.settings.budget_per_input
+        return most if self._prediction is None else min(most, self._prediction.singles)
+
+    @property
+    def _combinations(self) -> int:
+        """The budget of the weight phase: its own, and what the single formulas leave of theirs."""
+        left = self.settings.budget_per_input - self._singles
+        return self.settings.weights_budget + len(self.inputs) * left
 
     @property
     def _most_replicated(self) -> int:
@@ -107,7 +125,7 @@ class DivideAndConquer(AskTell):
         rejected: list[tuple[str, str]] = []
         asked = {input: self.history.in_group["formula", input] for input in self.inputs}
         for input in sorted(self.inputs, key=asked.__getitem__):
-            if asked[input] < self.settings.budget_per_input:
+            if asked[input] < self._singles:
                 ask = self._populations[input].propose(self.history, rejected=rejected)
                 if ask is not None:
                     return ask
@@ -130,13 +148,17 @@ class DivideAndConquer(AskTell):
 
     def _weights(self) -> Ask | None:
         settings = self.settings
-        if not self._ready() or self.history.in_phase["weights"] >= settings.weights_budget:
+        if not self._ready() or self.history.in_phase["weights"] >= self._combinations:
             return None
         founders = {input: self._completed(input)[: settings.top] for input in self.inputs}
         terms: dict[str, list[Term]] = {input: [s.formula.terms[0] for s in best] for input, best in founders.items()}
         if not any(terms.values()):
             return None
-        space, inherit = weight_space(terms), self.rules.inherit
+        space, inherit = self._spaces.combined(terms), self.rules.inherit
+        if self._prediction is not None:
+            spaces, pool = (space, self._spaces.whole(self.inputs, (), self._min_batch)), self._prediction.pool
+            phase = PredictedPhase("weights", self._seed, inherit, spaces, pool, self._admit)
+            return phase.propose(self.history, self.history.standings())
         evolution = Evolution("weights", "weights", self._seed, inherit, space, settings.weights, self._admit)
         return evolution.propose(self.history, [s for best in founders.values() for s in best])
 

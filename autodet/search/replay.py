@@ -8,7 +8,8 @@ from autodet.search.ask_tell import AskTell
 from autodet.search.candidate import FINISHED, Ask, Candidate, Status, rng_for
 
 Objective = Callable[[Candidate], Sequence[float | None]]
-"""A stand-in for training: the AP after each epoch; empty, or with None or NaN at the end, for a failure."""
+"""A stand-in for training: the AP after each epoch, NaN before the end where it is not measured; empty, or with None or
+NaN at the end, for a failure."""
 
 
 def rebuild(search: AskTell, events: Iterable[Event]) -> None:

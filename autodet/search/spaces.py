@@ -1,8 +1,8 @@
 """The spaces that the searches move in, built on the grammar's random draws."""
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from autodet.distill.formula import INPUTS, Formula, Term
@@ -64,11 +64,34 @@ def weight_space(terms: Mapping[str, Sequence[Term]]) -> Space:
         for input, found in terms.items()
         if found
     }
-    best = [found[0] for found in terms.values() if found]
+    return choice_space(choices, [found[0] for found in terms.values() if found])
+
+
+def choice_space(choices: Choices, best: Sequence[Term]) -> Space:
+    """Formulas that take one of each input's choices; `best`: one term an input, of which the given formulas are made.
+
+    Given formulas: all best terms together, then all but one input.
+    """
     given = [Formula(tuple(best))]
     if len(best) > 2:
         given += [Formula(tuple(term for term in best if term is not left_out)) for left_out in best]
     return Space(partial(_random_choice, choices), partial(_mutate_choice, choices), _mix_choices, tuple(given))
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """The spaces of a search's phases: the grammar's by default, or those of a finite part of it (`grid.Grid.spaces`).
+
+    single(input, given, min_batch): one term on one input. combined(terms): for each input one of its best terms, best
+    first, with other weights, or none. whole(inputs, given, min_batch): any formula on these inputs.
+    """
+
+    single: Callable[[str, Sequence[Formula], int], Space]
+    combined: Callable[[Mapping[str, Sequence[Term]]], Space]
+    whole: Callable[[Sequence[str], Sequence[Formula], int], Space]
+
+
+GRAMMAR = Spaces(term_space, weight_space, formula_space)
 
 
 def weight_factors(input: str) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from autodet.training.loop import Diverged, Epoch, Trainer
 from autodet.training.settings import TrainSettings
-from autodet.training.task import Outcome, Task, Workbench, check_same_labels, train_plain
+from autodet.training.task import Outcome, Task, Workbench, train_plain
 
 __all__ = [
     "Diverged",
@@ -12,6 +12,5 @@ __all__ = [
     "TrainSettings",
     "Trainer",
     "Workbench",
-    "check_same_labels",
     "train_plain",
 ]

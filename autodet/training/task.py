@@ -13,14 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from autodet.data import Batch, BatchPlan, CocoDataset, ImageCache, Loader, read_dataset
-from autodet.detectors import Dense, Detector, DetectorOutput, DetectorSpec, Features, Inputs, build, load_detector
-from autodet.detectors.build import detect, save_detector
-from autodet.detectors.faster_rcnn import FasterRCNNSteps
+from autodet.detectors import (
+    Dense,
+    Detector,
+    DetectorSpec,
+    Features,
+    Inputs,
+    build,
+    detect,
+    load_detector,
+    save_detector,
+    steps_of,
+)
 from autodet.detectors.weights import weights_hash
 from autodet.distill.distiller import Distiller
-from autodet.distill.formula import INPUTS, Formula
+from autodet.distill.formula import Formula
 from autodet.distill.inherit import inherit_neck_and_head
-from autodet.distill.inputs import resized_boxes
+from autodet.distill.inputs import comparable_inputs
+from autodet.distill.outputs import DetectorOutput, output_of
 from autodet.distill.probe import Probe
 from autodet.distill.teacher import Teacher
 from autodet.evaluation import evaluate
@@ -100,12 +110,12 @@ class Workbench:
         self.teacher: Teacher | None = None
         if task.teacher is not None:
             detector, _ = load_detector(Path(task.teacher))
-            check_same_labels(detector.spec, task.student, task.teacher)
+            detector.model.to(task.device)
             folder = Path(task.cache) / "teacher" if task.fixed_batches else None
             content = f"{self.train_loader.cache.path.name} {self.train_set.annotations_hash}"
-            self.teacher = Teacher(detector.to(task.device), tuple(INPUTS), folder, content)
+            self.teacher = Teacher(detector, comparable_inputs(task.student, detector.spec), folder, content)
 
-    def student(self, seed: int, inherit: bool) -> tuple[FasterRCNNSteps, str | None]:
+    def student(self, seed: int, inherit: bool) -> tuple[Detector, str | None]:
         """A fresh student from a seed, and what it inherited, if it should."""
         torch.manual_seed(seed)
         student = build(self.task.student)
@@ -135,7 +145,7 @@ class Workbench:
             folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint.pt" if folder is not None else None
         trainer = Trainer(student, self.train_loader, task.settings, seed, extra, checkpoint, task.device)
-        measured = FasterRCNNSteps(trainer.model, student.spec)
+        measured = steps_of(trainer.model, student.spec)
         metrics, speed, overhead = None, 0.0, 0.0
         for epoch in trainer.epochs():
             last = epoch.number == task.settings.epochs
@@ -153,7 +163,7 @@ class Workbench:
         weights = self._keep(measured, notes | {"formula": str(formula), "seed": seed, "ap": metrics.ap})
         return Outcome(metrics, trainer.epoch, time.perf_counter() - started, weights, notes)
 
-    def measure(self, detector: FasterRCNNSteps) -> Metrics:
+    def measure(self, detector: Detector) -> Metrics:
         """COCO metrics on the task's split."""
         device = torch.device(self.task.device)
 
@@ -171,15 +181,15 @@ class Workbench:
         largest = max(self.train_loader.keys(0), key=lambda key: len(key.indices))  # an epoch may end with a small one
         batch = self.train_loader.load(largest)
         student, _ = self.student(self.task.seed, inherit)
-        student.to(self.task.device).train()
+        student.model.to(self.task.device).train()
         taught = self.teacher(batch)
         with torch.no_grad():
             inputs = student.preprocess([image.to(self.task.device) for image in batch.images])
             features = student.features(inputs)
-            output = _answer(student, inputs, features, student.dense(inputs, features), taught)
+            output = _answer(student, batch, inputs, features, student.dense(inputs, features), taught)
         return Probe(student.spec, self.teacher.detector.spec, output, taught, self.task.normalise)
 
-    def _distillation(self, formula: Formula, student: FasterRCNNSteps) -> Distillation | None:
+    def _distillation(self, formula: Formula, student: Detector) -> Distillation | None:
         if not formula.terms:
             return None
         if self.teacher is None:
@@ -193,7 +203,7 @@ class Workbench:
         plan = BatchPlan(settings.batch_size, SUBSET_SEED, settings.flip, fixed=self.task.fixed_batches)
         return Loader(cache, used, spec.label_map, plan)
 
-    def _keep(self, detector: FasterRCNNSteps, notes: dict[str, Any]) -> str | None:
+    def _keep(self, detector: Detector, notes: dict[str, Any]) -> str | None:
         if self.task.weights is None:
             return None
         name = weights_hash(detector.model.state_dict())
@@ -215,27 +225,15 @@ class Distillation:
     def __call__(self, batch: Batch, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """Named, weighted distillation losses of one step."""
         taught = self._teacher(batch)
-        return dict(self.distiller(_answer(self._student, inputs, features, dense, taught), taught))
+        return dict(self.distiller(_answer(self._student, batch, inputs, features, dense, taught), taught))
 
 
 def _answer(
-    student: Detector, inputs: Inputs, features: Features, dense: Dense, taught: DetectorOutput
+    student: Detector, batch: Batch, inputs: Inputs, features: Features, dense: Dense, taught: DetectorOutput
 ) -> DetectorOutput:
-    """The student's side of the comparison: asked about the teacher's proposals where the teacher was."""
-    if taught.regions is None:
-        return DetectorOutput(features, dense.objectness)
-    proposals = resized_boxes(taught.regions.proposals, inputs.sizes, inputs.images.image_sizes)
-    return DetectorOutput(features, dense.objectness, student.regions(inputs, features, proposals))
-
-
-def check_same_labels(teacher: DetectorSpec, student: DetectorSpec, path: str) -> None:
-    """Refuse a teacher whose classes are not the data's."""
-    if teacher.labels != student.labels:
-        theirs, ours = dict(teacher.labels), dict(student.labels)
-        raise ValueError(
-            f"{path} knows the classes {theirs}, but the data has {ours}. Train a teacher on this data "
-            "(train_detector.py) or give one with the same category ids and names."
-        )
+    """The student's side of the comparison, as far as the teacher was asked: also about the teacher's proposals."""
+    proposals = taught.regions.proposals if taught.regions is not None else None
+    return output_of(student, batch, inputs, features, dense if taught.logits is not None else None, proposals)
 
 
 def train_plain(task: Task, folder: Path, on_epoch: OnEpoch | None = None) -> Path:

@@ -78,7 +78,8 @@ def test_coco_weights_give_torchvisions_detections(reference: FasterRCNN, downlo
         assert len(other["boxes"]) > 5 and other["labels"].unique().numel() > 1 and other["scores"].std() > 1e-3
         for key in ("boxes", "scores", "labels"):
             torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-5)
-    inputs = detector.eval().preprocess(images)
+    detector.model.eval()
+    inputs = detector.preprocess(images)
     with torch.no_grad():
         exact = detector.features(inputs)[8]
         overwrite_eps(detector.model, 1e-5)  # what a detector built without norm_eps=0 would compute

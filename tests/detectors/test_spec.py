@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from autodet.detectors import Arch, DetectorSpec, SpecError
-from autodet.detectors.spec import COCO_LABELS
+from autodet.detectors import Arch, DetectorSpec, SpecError, torchvision_spec
+from autodet.detectors.spec import ABOVE, BOX_LOSSES, COCO_LABELS, FAMILIES, TOPS
 
 BODY = Arch.parse("basic-16:16x1-32x1(8)-64x2(24,40)-128x1")
 LABELS = ((1, "RBC"), (2, "WBC"), (3, "Platelets"))
@@ -25,38 +25,53 @@ NAMES = (
     "line\nbreak",
     "back\\slash",
 )
-PYRAMIDS = ((4, 8, 16, 32, 64), (8, 16, 32, 64), (16, 32, 64), (32, 64))
+BODY_LEVELS = ((4, 8, 16, 32), (8, 16, 32), (16, 32), (32,))
+GROUPS = (1, 2, 8)
 
 
 def random_spec(rng: random.Random) -> DetectorSpec:
-    """Any fields, about half of them at their defaults."""
-    levels = rng.choice(PYRAMIDS)
-    ids = rng.sample(range(1, 1000), rng.randint(1, 5))
+    """Of any family, with any fields, about half of them at its family's defaults."""
+    family = rng.choice(FAMILIES)
+    base = torchvision_spec(family, rng.choice((BODY, Arch.resnet50(), Arch.resnext101_32x8d())), random_labels(rng))
+    top = rng.choice(TOPS[family])
+    levels = (*rng.choice(BODY_LEVELS), *ABOVE[top])
     optional: dict[str, Any] = {
         "norm": rng.choice(("batch", "frozen")),
         "norm_eps": rng.choice((0.0, 1e-5, 1e-3, rng.random())),
-        "neck_width": rng.randint(1, 300),
-        "anchor_ratios": tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4))),
-        "rpn_depth": rng.randint(1, 3),
-        "head_width": rng.randint(1, 2000),
-        "roi_size": rng.randint(1, 14),
-        "proposals_before_nms": (rng.randint(1, 3000), rng.randint(1, 3000)),
-        "proposals": (rng.randint(1, 3000), rng.randint(1, 3000)),
-        "regions_per_image": rng.randint(1, 600),
+        "neck_width": 32 * rng.randint(1, 10),
         "score_threshold": rng.random(),
         "nms_threshold": rng.random(),
         "detections": rng.randint(1, 300),
         "min_size": rng.randint(32, 800),
         "max_size": rng.randint(800, 1400),
+        **random_head(rng, family),
     }
-    return DetectorSpec(
-        family="faster_rcnn",
-        body=rng.choice((BODY, Arch.resnet50(), Arch.resnext101_32x8d())),
-        labels=tuple((id_, rng.choice(NAMES)) for id_ in ids),
-        levels=levels,
-        anchor_sizes=tuple(rng.randint(4, 512) for _ in levels),
-        **{name: value for name, value in optional.items() if rng.random() < 0.5},
-    )
+    chosen = {name: value for name, value in optional.items() if rng.random() < 0.5}
+    return replace(base, top=top, levels=levels, anchor_sizes=tuple(rng.randint(4, 512) for _ in levels), **chosen)
+
+
+def random_labels(rng: random.Random) -> tuple[tuple[int, str], ...]:
+    return tuple((id_, rng.choice(NAMES)) for id_ in rng.sample(range(1, 1000), rng.randint(1, 5)))
+
+
+def random_head(rng: random.Random, family: str) -> dict[str, Any]:
+    """Fields that only some families know."""
+    if family == "faster_rcnn":
+        return {
+            "anchor_ratios": tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4))),
+            "rpn_depth": rng.randint(1, 3),
+            "head_width": rng.randint(1, 2000),
+            "roi_size": rng.randint(1, 14),
+            "roi_sampling": rng.randint(1, 4),
+            "proposals_before_nms": (rng.randint(1, 3000), rng.randint(1, 3000)),
+            "proposals": (rng.randint(1, 3000), rng.randint(1, 3000)),
+            "regions_per_image": rng.randint(1, 600),
+        }
+    head = {"head_depth": rng.randint(1, 4), "head_groups": rng.choice(GROUPS), "candidates": rng.randint(1, 2000)}
+    if family == "fcos":
+        return head
+    ratios = tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4)))
+    return head | {"anchor_octaves": rng.randint(1, 4), "anchor_ratios": ratios, "box_loss": rng.choice(BOX_LOSSES)}
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -161,10 +176,3 @@ def test_json_with_other_fields_is_refused() -> None:
     values["depth"] = values.pop("body")
     with pytest.raises(SpecError, match=r"unknown fields \['depth'\] and lacks \['body'\]"):
         DetectorSpec.from_json(values)
-
-
-def test_at_another_image_size_anchors_and_longer_side_keep_their_proportion() -> None:
-    spec = DetectorSpec("faster_rcnn", Arch.resnet18(), ((1, "cell"),))
-    half = spec.at_size(400)
-    assert (half.min_size, half.max_size, half.anchor_sizes) == (400, 666, (16, 32, 64, 128, 256))
-    assert half.body == spec.body and half.at_size(800).anchor_sizes == spec.anchor_sizes

@@ -22,6 +22,7 @@ from autodet.detectors.weights import (
     load_matching,
     load_strict,
     load_weights,
+    metadata_of,
     modern_names,
     read_state_dict,
     save_weights,
@@ -90,17 +91,21 @@ def test_unreadable_files(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(WeightsError, match="written by autodet"):
         load_weights(tmp_path / "foreign.safetensors")
+    assert metadata_of(tmp_path / "foreign.safetensors") is None
+    assert metadata_of(good) == {}
     later = {"format": "autodet-weights", "format_version": "99", "metadata": "{}"}
     safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "later.safetensors", metadata=later)
-    with pytest.raises(WeightsError, match="found 99"):
-        load_weights(tmp_path / "later.safetensors")
+    for read in (load_weights, metadata_of):
+        with pytest.raises(WeightsError, match="found 99"):
+            read(tmp_path / "later.safetensors")
 
 
 def test_read_a_users_state_dict(tmp_path: Path) -> None:
     state = {"a.weight": torch.rand(2, 3), "a.bias": torch.rand(2)}
     parallel = {f"module.{key}": value for key, value in state.items()}
     options = argparse.Namespace(lr=0.1)  # torchvision's reference scripts store these
-    contents = [state, {"model": state, "args": options, "epoch": 3}, {"state_dict": parallel}, parallel]
+    compiled = {f"_orig_mod.{key}": value for key, value in parallel.items()}
+    contents = [state, {"model": state, "args": options, "epoch": 3}, {"state_dict": parallel}, parallel, compiled]
     for number, content in enumerate(contents):
         path = tmp_path / f"{number}.pth"
         torch.save(content, path)

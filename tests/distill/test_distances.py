@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -10,11 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou, generalized_box_iou
 
 from autodet.distill.distances import DISTANCES
 from autodet.distill.formula import Op
 from autodet.distill.transforms import bernoulli, softmax
-from autodet.distill.values import MAP, VECTOR, Kind, ParamValue, Value, map_value, vector_value
+from autodet.distill.values import (
+    BOXES,
+    MAP,
+    VECTOR,
+    Kind,
+    ParamValue,
+    Value,
+    map_value,
+    region_weights,
+    vector_value,
+)
 
 AXES = [("c", (1,)), ("hw", (2, 3)), ("chw", (1, 2, 3)), ("n", (0,)), ("nhw", (0, 2, 3))]
 SHAPES = [(1, 1, 1, 1), (1, 4, 3, 5), (3, 2, 8, 8)]
@@ -44,11 +56,11 @@ def test_element_distances_are_means() -> None:
     torch.testing.assert_close(on_maps("smooth_l1", S, T, beta=0.5), huber.mean())
 
 
-def test_regions_are_averaged_within_their_image_first() -> None:
+def test_regions_are_averaged_within_their_image_first_and_an_image_without_counts_as_zero() -> None:
     S, T = pair(5, 3)
     expected = ((S - T).abs()[:1].mean() + (S - T).abs()[1:].mean()) / 2
     torch.testing.assert_close(distance("l1", vector_value(S, [1, 4]), vector_value(T, [1, 4])), expected)
-    torch.testing.assert_close(distance("l1", vector_value(S, [1, 0, 4]), vector_value(T, [1, 0, 4])), expected)
+    torch.testing.assert_close(distance("l1", vector_value(S, [1, 0, 4]), vector_value(T, [1, 0, 4])), expected * 2 / 3)
 
 
 @pytest.mark.parametrize(("axis", "dims"), AXES)
@@ -156,6 +168,49 @@ def test_ssim_equals_the_sum_over_windows() -> None:
     torch.testing.assert_close(on_maps("ssim", S, T, window=3), torch.stack(values).mean())
 
 
+def boxes_value(*rows: tuple[float, float, float, float]) -> Value:
+    data = torch.tensor(rows, dtype=torch.float64)
+    return Value(data, BOXES, None, region_weights([len(rows)], data))
+
+
+def test_iou_and_giou_equal_torchvisions() -> None:
+    generator = torch.Generator().manual_seed(2)
+    corners = torch.rand(2, 50, 2, generator=generator, dtype=torch.float64) / 2
+    sizes = 0.1 + torch.rand(2, 50, 2, generator=generator, dtype=torch.float64) / 2
+    S, T = torch.cat([corners, corners + sizes], dim=2)
+    student, teacher = (Value(side, BOXES, None, region_weights([50], side)) for side in (S, T))
+    overlaps = box_iou(S, T).diagonal()
+    assert overlaps.eq(0).any() and overlaps.gt(0.3).any()
+    floor = 1e-4  # AREA_FLOOR against the smallest boxes here
+    torch.testing.assert_close(DISTANCES["iou"].function(student, teacher), 1 - overlaps, rtol=0, atol=floor)
+    expected = 1 - generalized_box_iou(S, T).diagonal()
+    torch.testing.assert_close(DISTANCES["giou"].function(student, teacher), expected, rtol=0, atol=floor)
+    weights = torch.rand(50, generator=generator, dtype=torch.float64)
+    weighted = Value(S, BOXES, None, weights)
+    torch.testing.assert_close(distance("giou", weighted, teacher), (weights * expected).sum(), rtol=1e-4, atol=0)
+
+
+def test_only_giou_draws_boxes_together_that_do_not_meet() -> None:
+    student, teacher = boxes_value((0, 0, 1, 1)), boxes_value((3, 0, 4, 1))
+    student.data.requires_grad_()
+    (still,) = torch.autograd.grad(distance("iou", student, teacher), student.data)
+    (drawn,) = torch.autograd.grad(distance("giou", student, teacher), student.data)
+    assert still.abs().max() < 1e-6
+    assert drawn[0, 2] < 0 and drawn.isfinite().all()  # a step against the gradient moves the right side right
+
+
+def test_boxes_without_area_or_with_crossed_corners_are_judged_calmly() -> None:
+    strange = [(1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 2.0), (3.0, 3.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)]
+    for one, other in itertools.product(strange, repeat=2):
+        student, teacher = boxes_value(one), boxes_value(other)
+        student.data.requires_grad_()
+        for name in ("iou", "giou"):
+            loss = distance(name, student, teacher)
+            (gradient,) = torch.autograd.grad(loss, student.data)
+            assert 0 <= loss <= 2 and gradient.isfinite().all(), (name, one, other)
+            assert one != other or loss == 0, (name, one)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -164,6 +219,8 @@ def test_every_distance_is_zero_and_smooth_enough_at_equality(
 ) -> None:
     data = pair(*shape, dtype=dtype)[0] + offset
     for name, spec in DISTANCES.items():
+        if spec.accepts(BOXES) and not spec.accepts(MAP):
+            continue
         options = [axis for p in spec.params if p.type == "axis" for axis in p.options(MAP)]
         for axis in options or [""]:
             S = data.clone().requires_grad_()

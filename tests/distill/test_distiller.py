@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from distill_outputs import answer as random_answer
+from distill_outputs import leaves, part, spec_of
+from torch import nn
 
-from autodet.detectors import DetectorOutput, DetectorSpec, Regions
-from autodet.distill import PUBLISHED, Distiller, Formula
+from autodet.data import Loader
+from autodet.detectors import Detector, DetectorSpec, build, load_detector
+from autodet.distill import PUBLISHED, Distiller, Formula, Teacher
 from autodet.distill.distiller import NORMALISING_STEPS
+from autodet.distill.inputs import INPUTS, Pairs
+from autodet.distill.outputs import DetectorOutput
+from autodet.training import Trainer, TrainSettings
+from autodet.training.task import Distillation
 
+SPEC = spec_of("faster_rcnn")
 TWO_TERMS = "global: l2 * 3; logits.roi: softmax(c, t=2) | kl * 4"
+EVERY_INPUT = "; ".join(f"{name}: {'giou' if spec.kind.boxes else 'l2'}" for name, spec in INPUTS.items())
 
 
-def answer(seed: int, images: int = 4, width: int = 16, regions: int = 5) -> DetectorOutput:
-    """Random outputs of a detector of ``tiny_spec`` on images of 64×96, of leaves that want gradients."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).requires_grad_()
-
-    sizes = {8: (8, 12), 16: (4, 6), 32: (2, 3), 64: (1, 2)}
-    features = {stride: leaf(images, width, *size) for stride, size in sizes.items()}
-    objectness = {stride: leaf(images, 3, *size) for stride, size in sizes.items()}
-    boxes = [torch.zeros(regions, 4)] * images
-    return DetectorOutput(features, objectness, Regions(boxes, leaf(images * regions, 6), torch.zeros(0)))
+def answer(seed: int, images: int = 4, width: int = 16) -> DetectorOutput:
+    """Random outputs on images of 64×96, with three objects and five proposals each."""
+    return random_answer(replace(SPEC, neck_width=width), seed, [3] * images, [5] * images)
 
 
-def leaves(output: DetectorOutput) -> list[Tensor]:
-    assert output.objectness is not None and output.regions is not None
-    return [*output.features.values(), *output.objectness.values(), output.regions.class_logits]
-
-
-def part(output: DetectorOutput, images: slice, regions: int = 5) -> DetectorOutput:
-    """Some images of a batch."""
-    assert output.objectness is not None and output.regions is not None
-    rows = slice(images.start * regions, images.stop * regions)
-    chosen = Regions(output.regions.proposals[images], output.regions.class_logits[rows], torch.zeros(0))
-    features, objectness = ({s: x[images] for s, x in maps.items()} for maps in (output.features, output.objectness))
-    return DetectorOutput(features, objectness, chosen)
-
-
-def test_losses_are_the_terms_by_hand_times_their_weights(tiny_spec: DetectorSpec) -> None:
+def test_losses_are_the_terms_by_hand_times_their_weights() -> None:
     student, teacher = answer(1), answer(2)
-    losses = Distiller(Formula.parse(TWO_TERMS), tiny_spec, tiny_spec)(student, teacher)
+    losses = Distiller(Formula.parse(TWO_TERMS), SPEC, SPEC)(student, teacher)
     gaps = [(student.features[stride] - teacher.features[stride]).square().mean() for stride in (8, 16, 32, 64)]
     p, q = ((x.regions.class_logits / 2).softmax(1) for x in (teacher, student) if x.regions is not None)
     divergence = (p * (p / q).log()).sum(1).mean()  # all images have as many regions
@@ -56,33 +46,56 @@ def test_losses_are_the_terms_by_hand_times_their_weights(tiny_spec: DetectorSpe
         torch.testing.assert_close(loss, torch.as_tensor(by_hand))
 
 
-def test_no_terms_are_no_losses(tiny_spec: DetectorSpec) -> None:
-    distiller = Distiller(Formula(), tiny_spec, tiny_spec, normalise=True)
+def test_no_terms_are_no_losses() -> None:
+    distiller = Distiller(Formula(), SPEC, SPEC, normalise=True)
     assert distiller(answer(1), answer(2)) == {} and distiller.scales() == {}
 
 
-def test_only_the_student_gets_a_gradient(tiny_spec: DetectorSpec) -> None:
+def test_every_input_gives_the_student_a_gradient_and_the_teacher_none() -> None:
     student, teacher = answer(1), answer(2)
-    formula = Formula.parse("global: mask(0.35) | l1; logits.rpn: l2; logits.roi: softmax(c) | kl")
-    losses = Distiller(formula, tiny_spec, tiny_spec, normalise=True)(student, teacher)
+    losses = Distiller(Formula.parse(EVERY_INPUT), SPEC, SPEC, normalise=True)(student, teacher)
+    assert len(losses) == len(INPUTS)
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-    assert all(tensor.grad is None for tensor in leaves(teacher))
-    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in leaves(student))
+    assert all(tensor.grad is None for tensor in leaves(teacher).values())
+    for name, tensor in leaves(student).items():
+        assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize(("text", "teacher_width", "lifts"), [
-    ("global: l2", 24, True), ("global: l2", 16, False), ("logits.rpn: l2", 24, False), ("none", 24, False),
-])  # fmt: skip
+def test_terms_on_one_input_share_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    pairs = INPUTS["fg"].pairs
+
+    def counted(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+        calls["fg"] += 1
+        return pairs(student, teacher)
+
+    monkeypatch.setitem(INPUTS, "fg", replace(INPUTS["fg"], pairs=counted))
+    assert len(Distiller(Formula.parse("fg: l2; fg: pool(2) | l1"), SPEC, SPEC)(answer(1), answer(2))) == 2
+    assert calls["fg"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "teacher_width", "lifts"),
+    [
+        ("global: l2", 24, True),
+        ("global: l2", 16, False),
+        ("instance: l2", 24, True),
+        ("logits.roi: l1; fg: l1", 24, True),
+        ("logits.dense: l2; localization.roi: iou", 24, False),
+        ("none", 24, False),
+    ],
+)
 def test_an_adapter_exists_where_widths_differ_and_maps_are_compared(
-    tiny_spec: DetectorSpec, text: str, teacher_width: int, lifts: bool
+    text: str, teacher_width: int, lifts: bool
 ) -> None:
-    distiller = Distiller(Formula.parse(text), tiny_spec, replace(tiny_spec, neck_width=teacher_width))
+    distiller = Distiller(Formula.parse(text), SPEC, replace(SPEC, neck_width=teacher_width))
     assert (distiller.adapter is not None) == lifts
     assert (len(list(distiller.parameters())) > 0) == lifts
 
 
-def test_the_adapter_lifts_every_level_and_is_trained(tiny_spec: DetectorSpec) -> None:
-    distiller = Distiller(Formula.parse("global: l2; logits.rpn: l1"), tiny_spec, replace(tiny_spec, neck_width=24))
+def test_the_adapter_lifts_every_level_and_is_trained() -> None:
+    formula = Formula.parse("global: l2; logits.dense: l1; instance: l2")
+    distiller = Distiller(formula, SPEC, replace(SPEC, neck_width=24))
     student, teacher = answer(1), answer(2, width=24)
     losses = distiller(student, teacher)
     assert isinstance(distiller.adapter, nn.Conv2d)
@@ -91,18 +104,20 @@ def test_the_adapter_lifts_every_level_and_is_trained(tiny_spec: DetectorSpec) -
     lifted = {s: torch.einsum("oc,nchw->nohw", weight, x) + bias.view(1, -1, 1, 1) for s, x in student.features.items()}
     gaps = [(lifted[stride] - teacher.features[stride]).square().mean() for stride in lifted]
     torch.testing.assert_close(losses["distill/0/global"], torch.stack(gaps).mean())
-    losses["distill/0/global"].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.parameters())
+    for name in ("distill/0/global", "distill/2/instance"):
+        distiller.zero_grad()
+        losses[name].backward(retain_graph=True)
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.parameters()), name
 
 
-def test_an_impossible_term_is_refused_by_name(tiny_spec: DetectorSpec) -> None:
+def test_an_impossible_term_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'logits\.roi: l2 \* 1' is impossible.*labels.*Leave logits\.roi out"):
-        Distiller(Formula.parse("global: l1; logits.roi: l2"), tiny_spec, tiny_spec.with_labels([(1, "cell")]))
+        Distiller(Formula.parse("global: l1; logits.roi: l2"), SPEC, SPEC.with_labels([(1, "cell")]))
 
 
-def test_normalised_losses_are_divided_by_the_median_of_the_first_values(tiny_spec: DetectorSpec) -> None:
+def test_normalised_losses_are_divided_by_the_median_of_the_first_values() -> None:
     formula = Formula.parse(TWO_TERMS)
-    plain, ours = (Distiller(formula, tiny_spec, tiny_spec, normalise=flag) for flag in (False, True))
+    plain, ours = (Distiller(formula, SPEC, SPEC, normalise=flag) for flag in (False, True))
     seen: list[list[float]] = []
     for step in range(NORMALISING_STEPS + 4):
         pair = answer(2 * step), answer(2 * step + 1)
@@ -118,8 +133,8 @@ def test_normalised_losses_are_divided_by_the_median_of_the_first_values(tiny_sp
     assert set(plain.scales().values()) == {1.0}
 
 
-def test_scales_survive_a_checkpoint(tiny_spec: DetectorSpec) -> None:
-    whole, first, second = (Distiller(Formula.parse(TWO_TERMS), tiny_spec, tiny_spec, True) for _ in range(3))
+def test_scales_survive_a_checkpoint() -> None:
+    whole, first, second = (Distiller(Formula.parse(TWO_TERMS), SPEC, SPEC, True) for _ in range(3))
     for step in range(8):
         whole(answer(step), answer(step + 50))
         (first if step < 5 else second)(answer(step), answer(step + 50))
@@ -128,8 +143,8 @@ def test_scales_survive_a_checkpoint(tiny_spec: DetectorSpec) -> None:
     assert second.scales() == whole.scales() != first.scales()
 
 
-def test_evaluation_mode_leaves_the_scales_alone(tiny_spec: DetectorSpec) -> None:
-    distiller = Distiller(Formula.parse("global: l2"), tiny_spec, tiny_spec, normalise=True)
+def test_evaluation_mode_leaves_the_scales_alone() -> None:
+    distiller = Distiller(Formula.parse("global: l2"), SPEC, SPEC, normalise=True)
     distiller(answer(1), answer(2))
     before = distiller.scales()
     distiller.eval()(answer(3), answer(3))
@@ -138,29 +153,93 @@ def test_evaluation_mode_leaves_the_scales_alone(tiny_spec: DetectorSpec) -> Non
     assert distiller.scales() != before
 
 
-@pytest.mark.parametrize("name", ["detkds", "fitnets", "pkd", "cwd", "at", "kd"])
-def test_two_half_batches_average_to_the_whole_unless_images_are_compared(tiny_spec: DetectorSpec, name: str) -> None:
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_two_half_batches_average_to_the_whole_unless_images_are_compared(name: str) -> None:
     formula = PUBLISHED[name].formula
-    distiller = Distiller(formula, tiny_spec, tiny_spec)
+    distiller = Distiller(formula, SPEC, SPEC)
     student, teacher = answer(1), answer(2)
 
     def loss(images: slice) -> float:
-        return float(next(iter(distiller(part(student, images), part(teacher, images)).values())).detach())
+        losses = distiller(part(student, images), part(teacher, images))
+        return float(torch.stack(list(losses.values())).sum().detach())
 
     halves = (loss(slice(0, 2)) + loss(slice(2, 4))) / 2
     assert (halves == pytest.approx(loss(slice(0, 4)), rel=1e-5)) == (not formula.batch_dependent)
 
 
-def test_a_batch_too_small_to_compare_leaves_that_term_out(tiny_spec: DetectorSpec) -> None:
-    distiller = Distiller(Formula.parse("global: norm(n) | l1; logits.rpn: l1"), tiny_spec, tiny_spec, normalise=True)
-    assert list(distiller(answer(1, images=1), answer(2, images=1))) == ["distill/1/logits.rpn"]
+@pytest.mark.parametrize("text", [f"{name}: {'iou' if s.kind.boxes else 'l2'}" for name, s in INPUTS.items()])
+def test_a_training_in_half_precision_changes_no_loss(text: str) -> None:
+    """Where sizes differ, positions are computed on the way; a canvas of many cells shows their rounding."""
+    large = SPEC if "localization.dense" in text else SPEC.at_size(96)
+    student = random_answer(SPEC, 1, canvas=(256, 384))
+    teacher = random_answer(large, 2, canvas=(256, 384) if large == SPEC else (320, 544))
+    distiller = Distiller(Formula.parse(text), SPEC, large)
+    expected = next(iter(distiller(student, teacher).values()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = next(iter(distiller(student, teacher).values()))
+    assert torch.equal(found, expected)
+
+
+def test_a_batch_too_small_to_compare_leaves_that_term_out() -> None:
+    distiller = Distiller(Formula.parse("global: norm(n) | l1; logits.dense: l1"), SPEC, SPEC, normalise=True)
+    assert list(distiller(answer(1, images=1), answer(2, images=1))) == ["distill/1/logits.dense"]
     assert distiller.scales()["global: norm(n) | l1 * 1"] == 1.0
     assert len(distiller(answer(3), answer(4))) == 2
     assert distiller.scales()["global: norm(n) | l1 * 1"] != 1.0
 
 
-def test_a_generator_decides_the_masks(tiny_spec: DetectorSpec) -> None:
-    distiller = Distiller(Formula.parse("global: mask(0.35) | l2"), tiny_spec, tiny_spec)
+def test_a_batch_without_objects_leaves_out_what_compares_objects() -> None:
+    distiller = Distiller(Formula.parse("instance: l1; global: l1"), SPEC, SPEC, normalise=True)
+    nothing = [random_answer(SPEC, seed, [0, 0], [0, 0]) for seed in (1, 2)]
+    assert list(distiller(*nothing)) == ["distill/1/global"]
+    assert list(distiller(answer(1), answer(2))) == ["distill/0/instance", "distill/1/global"]
+    assert distiller.scales()["instance: l1 * 1"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "once"),
+    [
+        ("global: l2; fg: l1", {"preprocess", "features"}),
+        ("logits.dense: l2; localization.dense: iou", {"preprocess", "features", "dense", "boxes"}),
+        ("logits.roi: l2", {"preprocess", "features", "dense", "proposals", "regions", "region_corners"}),
+    ],
+)
+def test_student_and_teacher_run_once_a_step_and_only_as_far_as_needed(
+    tiny_spec: DetectorSpec, teacher_file: Path, tiny_loader: Loader, text: str, once: set[str]
+) -> None:
+    """Trap 7. The student trains, so it runs all its steps, and its second stage again for the shared proposals."""
+    student, teacher = build(tiny_spec), load_detector(teacher_file)[0]
+    formula = Formula.parse(text)
+    extra = Distillation(Distiller(formula, tiny_spec, teacher.spec), Teacher(teacher, INPUTS), student)
+    trainer = Trainer(student, tiny_loader, TrainSettings(epochs=1, batch_size=4), seed=0, extra=extra)
+    ours, theirs = counted(student), counted(teacher)
+    next(iter(trainer.epochs()))
+    steps = trainer.steps_per_epoch
+    assert theirs == dict.fromkeys(once, steps)
+    again = steps * ("regions" in once)
+    needed = dict.fromkeys(("preprocess", "features", "dense"), steps) | {"regions": steps + again}
+    assert {name: count for name, count in ours.items() if name in needed} == needed
+    assert ours["boxes"] == steps * ("boxes" in once) and ours["region_corners"] == again
+
+
+def counted(detector: Detector) -> Counter[str]:
+    """Counts the calls of a detector's steps from now on."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return step(*arguments)
+
+        return call
+
+    for name in ("preprocess", "features", "dense", "boxes", "proposals", "regions", "region_corners"):
+        setattr(detector, name, counting(name, getattr(detector, name)))
+    return calls
+
+
+def test_a_generator_decides_the_masks() -> None:
+    distiller = Distiller(Formula.parse("global: mask(0.35) | l2"), SPEC, SPEC)
     pair = answer(1), answer(2)
     first, again, other = (
         float(distiller(*pair, torch.Generator().manual_seed(seed))["distill/0/global"].detach()) for seed in (0, 0, 1)

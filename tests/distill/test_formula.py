@@ -33,7 +33,7 @@ def test_parse_gives_the_parts_in_order() -> None:
 def test_names_of_parameters_and_layout_do_not_matter() -> None:
     named = Formula.parse("global: catt(t=0.5) > pool(k=2) > norm(axis=n) | l1 * 6.0;")
     terse = Formula.parse("global:catt>pool(2)>\n norm(n)|l1*6")
-    assert named.key == terse.key == "v1 global: catt > pool(2) > norm(n) | l1 * 6"
+    assert named.key == terse.key == "v2 global: catt > pool(2) > norm(n) | l1 * 6"
     assert Formula.parse("global: softmax(t=2, axis=hw) | kl") == Formula.parse("global: softmax(hw, 2) | kl * 1e0")
     assert Formula.parse("global: | l2") == Formula.parse("global: l2 * 1")
 
@@ -41,7 +41,7 @@ def test_names_of_parameters_and_layout_do_not_matter() -> None:
 def test_the_empty_formula_is_called_none() -> None:
     assert Formula.parse(" none ") == Formula()
     assert str(Formula()) == "none"
-    assert Formula().key == "v1 none"
+    assert Formula().key == "v2 none"
     assert (Formula().min_batch, Formula().batch_dependent, Formula().inputs) == (1, False, ())
 
 
@@ -69,7 +69,7 @@ def test_equal_meaning_gives_an_equal_key(one: str, other: str) -> None:
     ("one", "other"),
     [
         ("global: l2", "global: l1"),
-        ("global: l2", "logits.rpn: l2"),
+        ("global: l2", "logits.dense: l2"),
         ("global: l2 * 1", "global: l2 * 2"),
         ("global: norm(c) > abs | l2", "global: abs > norm(c) | l2"),
         ("global: softmax(c) | kl", "global: softmax(c, t=2) | kl"),
@@ -87,9 +87,9 @@ def test_canonical_text_is_minimal() -> None:
     )
 
 
-def test_2000_random_formulas_survive_printing_and_parsing() -> None:
+def test_1000_random_formulas_survive_printing_and_parsing() -> None:
     rng = random.Random(0)
-    for _ in range(2000):
+    for _ in range(1000):
         formula = random_formula(tuple(INPUTS), rng)
         assert Formula.parse(str(formula)) == formula
         assert formula.canonical() == formula
@@ -137,6 +137,13 @@ def test_numbers_print_so_that_they_read_back() -> None:
         ("global: mean(hw) | ssim", ["'ssim' is not defined on a vector"]),
         ("global: mean(nhw) | l1", ["expected an axis (c, hw)"]),
         ("global: softmax(c) > abs | l1", ["not defined on a distribution over a map", "no transform"]),
+        ("localization.roi: norm(c) | l1", ["'norm(c)' is not defined on a list of boxes", "no transform"]),
+        (
+            "localization.dense: ssim",
+            ["'ssim' is not defined on a list of boxes", "Valid on a list of boxes: l1", "giou"],
+        ),
+        ("global: giou", ["distance 'giou' is not defined on a map"]),
+        ("logits.rpn: l1", ["unknown input 'logits.rpn'", "Did you mean logits.roi or logits.dense"]),
     ],
 )
 def test_errors_say_which_term_why_and_what_would_be_valid(text: str, parts: list[str]) -> None:

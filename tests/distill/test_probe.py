@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from distill_outputs import answer, part, spec_of
 from torch import Tensor
 
 from autodet.data import Batch, Loader
-from autodet.detectors import DetectorOutput, DetectorSpec, Regions, build, load_detector
+from autodet.detectors import DetectorSpec, build, load_detector
 from autodet.distill import PUBLISHED, Formula, Probe, Teacher
 from autodet.distill.distances import DISTANCES
-from autodet.distill.formula import INPUTS
+from autodet.distill.inputs import INPUTS, comparable_inputs
+from autodet.distill.outputs import DetectorOutput, output_of
 from autodet.distill.values import Value
 from autodet.training import Trainer, TrainSettings
 
@@ -41,8 +43,8 @@ def pair(tiny_spec: DetectorSpec, teacher_file: Path, tiny_batch: Batch) -> Pair
     with torch.no_grad():
         inputs = student.preprocess(tiny_batch.images)
         features = student.features(inputs)
-        regions = student.regions(inputs, features, taught.regions.proposals)
-        output = DetectorOutput(features, student.dense(inputs, features).objectness, regions)
+        dense = student.dense(inputs, features)
+        output = output_of(student, tiny_batch, inputs, features, dense, taught.regions.proposals)
     return Pair((tiny_spec, teacher.spec), output, taught)
 
 
@@ -67,7 +69,7 @@ def test_no_distillation_is_accepted(pair: Pair) -> None:
 @pytest.mark.parametrize(("size", "found"), [(float("nan"), "nan"), (float("inf"), "inf|nan"), (1e30, "inf")])
 def test_a_loss_that_is_not_finite_is_rejected(pair: Pair, size: float, found: str) -> None:
     broken = {stride: level * size for stride, level in pair.student.features.items()}
-    reason = judge(replace(pair, student=replace(pair.student, features=broken)), "logits.rpn: l1; global: l2")
+    reason = judge(replace(pair, student=replace(pair.student, features=broken)), "logits.dense: l1; global: l2")
     assert reason in [f"distill/1/global: the loss is {word}" for word in found.split("|")]
 
 
@@ -96,32 +98,34 @@ def test_a_loss_without_slope_is_rejected(pair: Pair, monkeypatch: pytest.Monkey
 
 def test_every_term_must_pass(pair: Pair) -> None:
     same = replace(pair, student=replace(pair.student, features=pair.teacher.features))
-    assert judge(same, "logits.rpn: l1; global: l1") == "distill/1/global: the gradient is zero"
+    assert judge(same, "logits.dense: l1; global: l1") == "distill/1/global: the gradient is zero"
 
 
 @pytest.mark.parametrize("text", ["global: norm(n) | l1", "logits.roi: crosscorr", "global: standardize(n) | l2"])
 def test_images_cannot_be_compared_in_a_batch_of_one(pair: Pair, text: str) -> None:
-    def first(output: DetectorOutput) -> DetectorOutput:
-        assert output.objectness is not None and output.regions is not None
-        rows = len(output.regions.proposals[0])
-        regions = Regions(output.regions.proposals[:1], output.regions.class_logits[:rows], torch.zeros(0))
-        features, objectness = ({s: x[:1] for s, x in maps.items()} for maps in (output.features, output.objectness))
-        return DetectorOutput(features, objectness, regions)
-
-    single = replace(pair, student=first(pair.student), teacher=first(pair.teacher))
+    first = slice(0, 1)
+    single = replace(pair, student=part(pair.student, first), teacher=part(pair.teacher, first))
     assert "compares images of a batch with one another, and the local batch is 1" in judge(single, text)
     assert judge(pair, text) == "None"
 
 
 def test_too_few_regions_are_a_reason_not_an_error(pair: Pair) -> None:
-    def two(output: DetectorOutput) -> DetectorOutput:
-        assert output.regions is not None
-        boxes = [torch.zeros(1, 4)] * 2 + [torch.zeros(0, 4)] * 2
-        return replace(output, regions=Regions(boxes, output.regions.class_logits[:2], torch.zeros(0)))
+    spec = spec_of("faster_rcnn")
+    few = Pair((spec, spec), *(answer(spec, seed, (3, 2, 1, 2), (1, 1, 0, 0)) for seed in (1, 2)))
+    reason = judge(few, "logits.dense: l1; logits.roi: crosscorr")
+    assert reason == "'logits.roi: crosscorr * 1' needs 3 images or regions to compare, and the batch has fewer"
+    empty = Pair((spec, spec), *(answer(spec, seed, (0, 0), (0, 0)) for seed in (1, 2)))
+    assert "'instance: l2 * 1' needs 1 images or regions" in judge(empty, "global: l2; instance: l2")
 
-    few = replace(pair, student=two(pair.student), teacher=two(pair.teacher))
-    reason = judge(few, "logits.rpn: l1; logits.roi: crosscorr")
-    assert reason.startswith("'logits.roi: crosscorr * 1' compares rows") and "it needs 3" in reason
+
+@pytest.mark.parametrize("name", list(INPUTS))
+@pytest.mark.parametrize("student", ["faster_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("teacher", ["faster_rcnn", "retinanet", "fcos"])
+def test_every_input_of_every_pair_of_families_is_judged(student: str, teacher: str, name: str) -> None:
+    specs = spec_of(student), spec_of(teacher)
+    made_up = Pair(specs, answer(specs[0], 1), answer(specs[1], 2))
+    reason = judge(made_up, f"{name}: {'giou' if INPUTS[name].kind.boxes else 'l1'}")
+    assert (reason == "None") == (name in comparable_inputs(*specs)), reason
 
 
 def test_an_impossible_pair_is_a_reason_not_an_error(pair: Pair) -> None:
@@ -131,7 +135,8 @@ def test_an_impossible_pair_is_a_reason_not_an_error(pair: Pair) -> None:
 
 def test_judging_is_repeatable_and_leaves_the_generator_alone(pair: Pair) -> None:
     wide = {stride: torch.cat([level, level], 1) for stride, level in pair.teacher.features.items()}
-    lifted = replace(pair, specs=(pair.specs[0], replace(pair.specs[1], neck_width=32)), teacher=DetectorOutput(wide))
+    specs = (pair.specs[0], replace(pair.specs[1], neck_width=32))
+    lifted = replace(pair, specs=specs, teacher=replace(pair.teacher, features=wide))
     state = torch.get_rng_state()
     reasons = set()
     for seed in (1, 2, 3):  # the adapter's weights and the masks are random, and the number is in the reason

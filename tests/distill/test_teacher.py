@@ -12,27 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+from distill_outputs import leaves, spec_of
 from torch import Tensor
 
 from autodet.data import Batch, Loader
-from autodet.detectors import DetectorOutput, DetectorSpec, Features, Inputs, build, load_detector
-from autodet.detectors.faster_rcnn import FasterRCNNSteps
+from autodet.detectors import Detector, DetectorSpec, Features, Inputs, TwoStage, build, load_detector
 from autodet.distill import Teacher
 from autodet.distill import teacher as teacher_module
-from autodet.distill.formula import INPUTS
+from autodet.distill.inputs import INPUTS, comparable_inputs, parts_of
+from autodet.distill.outputs import DetectorOutput
 
 
 @pytest.fixture
-def detector(teacher_file: Path) -> FasterRCNNSteps:
-    return load_detector(teacher_file)[0]
+def detector(teacher_file: Path) -> TwoStage:
+    found = load_detector(teacher_file)[0]
+    assert isinstance(found, TwoStage)
+    return found
 
 
 def tensors(output: DetectorOutput) -> dict[str, Tensor]:
-    named = {f"features {stride}": level for stride, level in output.features.items()}
-    named |= {f"objectness {stride}": level for stride, level in (output.objectness or {}).items()}
+    named = leaves(output) | {f"boxes {i}": boxes for i, boxes in enumerate(output.boxes)}
     if output.regions is not None:
         named |= {f"proposals {i}": boxes for i, boxes in enumerate(output.regions.proposals)}
-        named |= {"class_logits": output.regions.class_logits, "box_deltas": output.regions.box_deltas}
     return named
 
 
@@ -40,11 +41,12 @@ def assert_same(found: DetectorOutput, expected: DetectorOutput) -> None:
     """Equal within the rounding of float16: 11 significant bits, 2^-24 among the smallest numbers."""
     ours, theirs = tensors(found), tensors(expected)
     assert set(ours) == set(theirs)
+    assert (found.spec, found.canvas, found.sizes) == (expected.spec, expected.canvas, expected.sizes)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name].float(), value.float(), rtol=2**-11, atol=2**-24, msg=name)
 
 
-def spied(monkeypatch: pytest.MonkeyPatch, detector: FasterRCNNSteps) -> Counter[str]:
+def spied(monkeypatch: pytest.MonkeyPatch, detector: Detector) -> Counter[str]:
     """Counts the calls of a detector's steps."""
     calls: Counter[str] = Counter()
 
@@ -55,12 +57,12 @@ def spied(monkeypatch: pytest.MonkeyPatch, detector: FasterRCNNSteps) -> Counter
 
         return call
 
-    for name in ("preprocess", "features", "dense", "proposals", "regions"):
+    for name in ("preprocess", "features", "dense", "boxes", "proposals", "regions", "region_corners"):
         monkeypatch.setattr(detector, name, counting(name, getattr(detector, name)))
     return calls
 
 
-def test_a_cached_answer_equals_a_computed_one(detector: FasterRCNNSteps, tiny_batch: Batch, tmp_path: Path) -> None:
+def test_a_cached_answer_equals_a_computed_one(detector: TwoStage, tiny_batch: Batch, tmp_path: Path) -> None:
     computed = Teacher(detector, INPUTS)(tiny_batch)
     cached = Teacher(detector, INPUTS, tmp_path)
     assert_same(cached(tiny_batch), computed)
@@ -69,26 +71,52 @@ def test_a_cached_answer_equals_a_computed_one(detector: FasterRCNNSteps, tiny_b
     assert computed.regions is not None and sum(len(boxes) for boxes in computed.regions.proposals) > 0
 
 
-@pytest.mark.parametrize("asked", [("global",), ("logits.rpn",), ("logits.roi",), ("global", "logits.roi")])
-def test_a_cached_answer_holds_only_what_was_asked_for(
-    detector: FasterRCNNSteps, tiny_batch: Batch, tmp_path: Path, asked: tuple[str, ...]
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet", "fcos"])
+def test_every_familys_cached_answer_equals_a_computed_one(family: str, tiny_batch: Batch, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = build(spec_of(family).at_size(96))  # larger than the batch, whose boxes follow
+    inputs = comparable_inputs(other.spec, other.spec)
+    computed, cached = Teacher(other, inputs)(tiny_batch), Teacher(other, inputs, tmp_path)
+    first = cached(tiny_batch)
+    assert_same(first, computed)
+    assert_same(cached(tiny_batch), computed)
+    halved = {name.split()[0] for name, tensor in tensors(first).items() if tensor.dtype == torch.float16}
+    assert halved == {"features", "logits", "corners"}
+    for name in inputs:
+        kept, exact = (
+            INPUTS[name].pairs(computed, answer) for answer in (cached.asked_for([name])(tiny_batch), computed)
+        )
+        for (_, ours), (_, theirs) in zip(kept, exact, strict=True):
+            torch.testing.assert_close(ours.data, theirs.data, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(ours.weights, theirs.weights, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    "asked", [("global",), ("logits.dense",), ("logits.roi",), ("fg", "localization.roi"), ("localization.dense",), ()]
+)
+def test_an_answer_holds_only_what_was_asked_for(
+    detector: TwoStage, tiny_batch: Batch, tmp_path: Path, asked: tuple[str, ...], kept: bool
 ) -> None:
-    answer = Teacher(detector, INPUTS, tmp_path).asked_for(asked)(tiny_batch)
-    assert bool(answer.features) == ("global" in asked)
-    assert (answer.objectness is not None) == ("logits.rpn" in asked)
-    assert (answer.regions is not None) == ("logits.roi" in asked)
+    answer = Teacher(detector, INPUTS, tmp_path if kept else None).asked_for(asked)(tiny_batch)
+    parts = parts_of(asked)
+    assert bool(answer.features) == ("features" in parts)
+    assert (answer.logits is not None) == (answer.corners is not None) == ("dense" in parts)
+    assert (answer.regions is not None) == ("regions" in parts)
+    assert len(answer.boxes) == len(tiny_batch.images)
 
 
 @pytest.mark.parametrize(
     ("asked", "steps"),
     [
         (("global",), {"preprocess", "features"}),
-        (("logits.rpn",), {"preprocess", "features", "dense"}),
-        (("global", "logits.roi"), {"preprocess", "features", "dense", "proposals", "regions"}),
+        (("fg", "instance"), {"preprocess", "features"}),
+        (("logits.dense",), {"preprocess", "features", "dense", "boxes"}),
+        (("global", "logits.roi"), {"preprocess", "features", "dense", "proposals", "regions", "region_corners"}),
     ],
 )
 def test_without_a_cache_only_the_needed_steps_run_once(
-    detector: FasterRCNNSteps,
+    detector: TwoStage,
     tiny_batch: Batch,
     monkeypatch: pytest.MonkeyPatch,
     asked: Iterable[str],
@@ -100,7 +128,7 @@ def test_without_a_cache_only_the_needed_steps_run_once(
 
 
 def test_two_teachers_share_their_files(
-    detector: FasterRCNNSteps, teacher_file: Path, tiny_batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    detector: TwoStage, teacher_file: Path, tiny_batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Teacher(detector, ("global",), tmp_path)(tiny_batch)
     other, _ = load_detector(teacher_file)
@@ -110,7 +138,7 @@ def test_two_teachers_share_their_files(
 
 
 def test_another_batch_mirroring_content_or_weights_is_another_answer(
-    detector: FasterRCNNSteps, tiny_loader: Loader, tiny_batch: Batch, tmp_path: Path
+    detector: TwoStage, tiny_loader: Loader, tiny_batch: Batch, tmp_path: Path
 ) -> None:
     key = tiny_batch.key
     mirrored = tiny_loader.load(replace(key, flipped=tuple(not flag for flag in key.flipped)))
@@ -124,21 +152,19 @@ def test_another_batch_mirroring_content_or_weights_is_another_answer(
     assert len(list(tmp_path.iterdir())) == 4
 
     with torch.no_grad():
-        next(detector.model.backbone.parameters()).mul_(1.5)
+        next(detector.model.parameters()).mul_(1.5)
     changed = Teacher(detector, INPUTS, tmp_path)
     assert_same(changed(tiny_batch), Teacher(detector, INPUTS)(tiny_batch))
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_answers_carry_no_gradient_but_may_enter_one(
-    detector: FasterRCNNSteps, tiny_batch: Batch, tmp_path: Path
-) -> None:
+def test_answers_carry_no_gradient_but_may_enter_one(detector: TwoStage, tiny_batch: Batch, tmp_path: Path) -> None:
     for directory in (None, tmp_path):
         found = tensors(Teacher(detector, INPUTS, directory)(tiny_batch))
         assert not any(tensor.requires_grad or tensor.is_inference() for tensor in found.values())
 
 
-def test_the_teacher_is_put_into_evaluation_mode(detector: FasterRCNNSteps, tiny_batch: Batch) -> None:
+def test_the_teacher_is_put_into_evaluation_mode(detector: TwoStage, tiny_batch: Batch) -> None:
     detector.model.train()
     before = {name: tensor.clone() for name, tensor in detector.model.state_dict().items()}
     Teacher(detector, INPUTS)(tiny_batch)
@@ -146,7 +172,7 @@ def test_the_teacher_is_put_into_evaluation_mode(detector: FasterRCNNSteps, tiny
 
 
 def test_the_best_proposals_up_to_a_limit_are_shared(
-    detector: FasterRCNNSteps, tiny_batch: Batch, monkeypatch: pytest.MonkeyPatch
+    detector: TwoStage, tiny_batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Teacher(detector, INPUTS)(tiny_batch).regions
     monkeypatch.setattr(teacher_module, "PROPOSALS", 5)
@@ -159,10 +185,11 @@ def test_the_best_proposals_up_to_a_limit_are_shared(
 
 
 def test_proposals_are_in_the_batchs_pixels_whatever_size_the_teacher_sees(
-    teacher_spec: DetectorSpec, detector: FasterRCNNSteps, tiny_batch: Batch
+    teacher_spec: DetectorSpec, detector: TwoStage, tiny_batch: Batch
 ) -> None:
     large = build(replace(teacher_spec, min_size=teacher_spec.min_size * 2, max_size=teacher_spec.max_size * 2))
-    large.load_state_dict(detector.state_dict())
+    assert isinstance(large, TwoStage)
+    large.model.load_state_dict(detector.model.state_dict())
     found = Teacher(large, INPUTS)(tiny_batch).regions
     with torch.no_grad():
         inputs = large.preprocess(tiny_batch.images)
@@ -172,7 +199,7 @@ def test_proposals_are_in_the_batchs_pixels_whatever_size_the_teacher_sees(
         torch.testing.assert_close(ours, theirs[: teacher_module.PROPOSALS] / 2)
 
 
-def test_the_students_precision_does_not_change_an_answer(detector: FasterRCNNSteps, tiny_batch: Batch) -> None:
+def test_the_students_precision_does_not_change_an_answer(detector: TwoStage, tiny_batch: Batch) -> None:
     teacher = Teacher(detector, INPUTS)
     expected = tensors(teacher(tiny_batch))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -181,7 +208,7 @@ def test_the_students_precision_does_not_change_an_answer(detector: FasterRCNNSt
 
 
 def test_a_level_beyond_half_precision_keeps_full_precision(
-    detector: FasterRCNNSteps, tiny_batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    detector: TwoStage, tiny_batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = detector.features
 
@@ -197,7 +224,7 @@ def test_a_level_beyond_half_precision_keeps_full_precision(
 
 
 def test_an_interrupted_write_leaves_no_answer_behind(
-    detector: FasterRCNNSteps, tiny_batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    detector: TwoStage, tiny_batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = Teacher(detector, INPUTS, tmp_path)
 
@@ -215,7 +242,7 @@ def test_an_interrupted_write_leaves_no_answer_behind(
     assert answer.exists()
 
 
-def test_answers_may_be_asked_for_at_once(detector: FasterRCNNSteps, tiny_batch: Batch, tmp_path: Path) -> None:
+def test_answers_may_be_asked_for_at_once(detector: TwoStage, tiny_batch: Batch, tmp_path: Path) -> None:
     teacher = Teacher(detector, INPUTS, tmp_path)
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(teacher, [tiny_batch] * 6))

@@ -1,21 +1,17 @@
-"""What a term means: one mask for both sides, the fixed reduction, independence of the batch's split, no surprises."""
+"""What a term means: one mask for both sides, the fixed reduction, no gradient for the teacher, clear refusals.
+
+That every term keeps its promises is in ``test_space``.
+"""
 
 from __future__ import annotations
-
-import itertools
-import math
-import random
 
 import pytest
 import torch
 from torch import Tensor
 
-from autodet.distill.distances import DISTANCES
 from autodet.distill.formula import INPUTS, Formula, FormulaError, Op, Term, typing_of
-from autodet.distill.grammar import random_term
 from autodet.distill.terms import term_loss
-from autodet.distill.transforms import TRANSFORMS
-from autodet.distill.values import Kind, Value, map_value, vector_value
+from autodet.distill.values import Value, map_value, vector_value
 
 REGIONS = [3, 1, 5, 2, 4]  # of each image, for vectors
 
@@ -35,85 +31,8 @@ def values_of(input: str, images: int, dtype: torch.dtype, seed: int, shape: tup
     return vector_value(torch.randn(sum(counts), shape[0], generator=generator(seed), dtype=dtype), counts)
 
 
-def pick(value: Value, images: int, image: int) -> Value:
-    """One image's share of a batch."""
-    if value.kind.spatial:
-        return map_value(value.data[image : image + 1])
-    counts = REGIONS[:images]
-    start = sum(counts[:image])
-    return vector_value(value.data[start : start + counts[image]], [counts[image]])
-
-
 def with_data(value: Value, data: Tensor) -> Value:
     return Value(data, value.kind, value.axis, value.weights)
-
-
-def op_of(name: str, kind: Kind, rng: random.Random) -> Op:
-    """The operation with random searched parameters."""
-    spec = TRANSFORMS[name] if name in TRANSFORMS else DISTANCES[name]
-    return Op(name, tuple((p.name, rng.choice(p.options(kind))) for p in spec.params))
-
-
-def combinations() -> list[Term]:
-    """Every transform of slot C (and none) with every distance on every input; slots A and B drawn from all."""
-    rng = random.Random(0)
-    last = [None, *(name for name, spec in TRANSFORMS.items() if spec.slot == "C")]
-    early = [None, *(name for name, spec in TRANSFORMS.items() if spec.slot != "C")]
-    terms = []
-    for input, c, distance in itertools.product(INPUTS, last, DISTANCES):
-        for a in (None, rng.choice(early)):
-            kind, chain = INPUTS[input].kind, []
-            for name in (a, c):
-                if name is not None and TRANSFORMS[name].accepts(kind):
-                    chain.append(op_of(name, kind, rng))
-                    kind = TRANSFORMS[name].produces(kind, chain[-1].arguments())
-            if DISTANCES[distance].accepts(kind):
-                terms.append(Term(input, tuple(chain), op_of(distance, kind, rng)))
-    return terms + [random_term(input, rng) for input in INPUTS for _ in range(100)]
-
-
-TERMS = combinations()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("images", "shape"), [(1, (4, 6, 5)), (2, (3, 1, 1)), (4, (2, 8, 8))])
-def test_every_combination_is_finite_or_refused(images: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    judged = 0
-    for term in TERMS:
-        typing_of(term)
-        S, T = (values_of(term.input, images, dtype, seed, shape) for seed in (1, 2))
-        rows = len(S.data)
-        S = with_data(S, S.data.requires_grad_())
-        try:
-            loss = term_loss(term, [S], [T], generator())
-        except ValueError as error:
-            assert "works along the batch" in str(error)
-            assert rows < term.min_batch, term
-            continue
-        (gradient,) = torch.autograd.grad(loss, S.data)
-        assert loss.ndim == 0 and math.isfinite(loss.item()) and loss.item() >= 0, (term, loss)
-        assert gradient.isfinite().all(), term
-        assert loss.dtype == dtype
-        same = with_data(T, T.data.clone().requires_grad_())
-        equal = term_loss(term, [same], [T], generator())
-        assert equal.item() == pytest.approx(0, abs=1e-5), term
-        assert torch.autograd.grad(equal, same.data)[0].isfinite().all(), term
-        judged += 1
-    assert judged > len(TERMS) / 2
-
-
-@pytest.mark.parametrize("input", list(INPUTS))
-def test_the_loss_of_a_batch_is_the_mean_of_its_images(input: str) -> None:
-    images, checked = 5, 0
-    S, T = (values_of(input, images, torch.float64, seed) for seed in (3, 4))
-    for term in TERMS:
-        masked = any(TRANSFORMS[op.name].random for op in term.transforms)
-        if term.input == input and not term.batch_dependent and not masked:
-            whole = term_loss(term, [S], [T])
-            parts = [term_loss(term, [pick(S, images, i)], [pick(T, images, i)]) for i in range(images)]
-            torch.testing.assert_close(torch.stack(parts).mean(), whole, msg=str(term))
-            checked += 1
-    assert checked > 50
 
 
 def test_a_batch_dependent_loss_is_another_when_the_batch_is_split() -> None:
@@ -170,11 +89,12 @@ def test_levels_count_the_same_and_the_weight_is_left_to_the_caller() -> None:
     assert term_loss(term_of("global: l1 * 50"), students, teachers).item() == pytest.approx((2 + 3) / 2)
 
 
-def test_the_teacher_gets_no_gradient() -> None:
+@pytest.mark.parametrize("text", ["global: l2", "global: norm(c) | l2", "global: mask > softmax(hw) | kl"])
+def test_the_teacher_gets_no_gradient(text: str) -> None:
     S, T = (values_of("global", 2, torch.float32, seed) for seed in (1, 2))
     S.data.requires_grad_()
     T.data.requires_grad_()
-    term_loss(term_of("global: norm(c) | l2"), [S], [T]).backward()  # type: ignore[no-untyped-call]
+    term_loss(term_of(text), [S], [T]).backward()  # type: ignore[no-untyped-call]
     assert S.data.grad is not None
     assert T.data.grad is None
 

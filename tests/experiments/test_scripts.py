@@ -80,6 +80,8 @@ def test_a_comparison_reports_paired_differences(
         "2",
         "--split",
         "test",
+        "--transfer",
+        str(search_run),
         "--workers",
         "1",
     ]
@@ -91,7 +93,8 @@ def test_a_comparison_reports_paired_differences(
     assert sorted(frame["seed"].unique()) == [1000, 1001] and len(frame) == 8
     best = tuned.sort_values("ap", ascending=False, kind="stable").iloc[0]["formula"]
     assert set(frame[frame["group"] == "pkd"]["formula"]) == {best}
-    assert "difference to inherit-only" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "difference to inherit-only" in printed and "from search is the same formula as" in printed
     assert compare_distillers.main(["--resume", str(tmp_path / "compare"), "--seeds", "3"]) == 0  # extended
     assert len(read_run(tmp_path / "compare" / "compare")) == 12
 
@@ -173,7 +176,8 @@ def test_a_stopped_and_a_killed_driver_resume_to_the_same_asks(
     [
         (["--data", "nowhere"], "nowhere"),
         (["--teacher", "broken.safetensors"], "broken.safetensors"),
-        (["--teacher", "other.safetensors"], "knows the classes"),
+        (["--teacher", "other.safetensors", "--inputs", "logits.roi"], "different labels"),
+        (["--family", "fcos", "--inputs", "global", "logits.roi"], "no second stage"),
         (["--student", "faster_rcnn nonsense labels=[]"], "nonsense"),
         (["--resume", "nowhere"], "nowhere"),
         (["--output", "taken"], "holds a run already"),

@@ -1,6 +1,6 @@
 import pytest
 
-from autodet.results.wording import OPERATIONS, TermText, equations, phrase, sentences, terms_of
+from autodet.results.wording import INPUTS, OPERATIONS, TermText, equations, phrase, sentences, terms_of
 
 
 def test_terms_are_split_as_written() -> None:
@@ -32,13 +32,13 @@ def test_operations_in_words(operation: str, words: str) -> None:
 
 
 def test_formula_in_words_and_as_an_equation() -> None:
-    formula = "global: catt > norm(n) | l1 * 6; logits.rpn: l2 * 1"
+    formula = "global: catt > norm(n) | l1 * 6; logits.dense: l2 * 1"
     first, second = sentences(formula)
     assert first.startswith("Take the feature maps of every pyramid level") and first.endswith("weight 6.")
     assert "compare as they are by the mean squared difference" in second
     assert equations(formula) == [
         "6 · l1( φ(S), φ(T) ),  φ = norm(n) ∘ catt  on global",
-        "1 · l2( S, T )  on logits.rpn",
+        "1 · l2( S, T )  on logits.dense",
     ]
     assert sentences("none") == ["No distillation: the student learns from the ground truth alone."]
 
@@ -47,3 +47,8 @@ def test_every_operation_of_the_language_has_words() -> None:
     distances = pytest.importorskip("autodet.distill.distances")
     transforms = pytest.importorskip("autodet.distill.transforms")
     assert set(distances.DISTANCES) | set(transforms.TRANSFORMS) == set(OPERATIONS)
+
+
+def test_every_input_of_the_language_has_words() -> None:
+    inputs = pytest.importorskip("autodet.distill.inputs").INPUTS
+    assert set(inputs) == set(INPUTS)

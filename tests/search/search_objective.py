@@ -5,10 +5,10 @@ import math
 from autodet.distill.formula import Formula, Term
 from autodet.search import Candidate, rng_for
 
-INPUTS = ("global", "logits.rpn", "logits.roi")
+INPUTS = ("global", "logits.dense", "logits.roi")
 WANTED = {
     "global": ({"catt", "pool", "norm"}, "l1", 10.0),
-    "logits.rpn": ({"softmax", "mask"}, "kl", 1.0),
+    "logits.dense": ({"softmax", "mask"}, "kl", 1.0),
     "logits.roi": ({"softmax", "affine"}, "cosine", 5.0),
 }
 CONTROL_AP = 0.40

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 from search_objective import INPUTS, curve, noisy_ap, true_ap
@@ -140,7 +141,7 @@ def test_late_results_reach_the_weight_phase() -> None:
 
 def test_an_input_that_always_fails_is_off() -> None:
     search = DivideAndConquer(INPUTS, 0, SETTINGS)
-    run_serial(search, lambda c: [] if "logits.rpn" in c.formula.inputs else curve(c))
+    run_serial(search, lambda c: [] if "logits.dense" in c.formula.inputs else curve(c))
     assert {i for ask in in_phase(search, "weights") for i in ask.candidate.formula.inputs} == {"global", "logits.roi"}
 
 
@@ -190,17 +191,17 @@ def test_budgets_below_four_generations_are_refused() -> None:
 
 
 def test_the_weight_space_is_what_it_says() -> None:
-    texts = {"global": ("l1 * 10", "l2 * 0.1"), "logits.rpn": ("l1 * 5",), "logits.roi": ()}
+    texts = {"global": ("l1 * 10", "l2 * 0.1"), "logits.dense": ("l1 * 5",), "logits.roi": ()}
     terms = {i: [Formula.parse(f"{i}: {text}").terms[0] for text in found] for i, found in texts.items()}
     space = weight_space(terms)
-    assert list(map(str, space.given)) == ["global: l1 * 10; logits.rpn: l1 * 5"]
+    assert list(map(str, space.given)) == ["global: l1 * 10; logits.dense: l1 * 5"]
     drawn = {str(space.random(rng_for(0, n)).canonical()) for n in range(3000)}
     features = {
         f"global: {d} * {w:g}"
         for d, base in (("l1", 10), ("l2", 0.1))
         for w in (base * f for f in WEIGHT_PHASE_FEATURES if f)
     }
-    responses = {f"logits.rpn: l1 * {5 * f:g}" for f in WEIGHT_PHASE_RESPONSES if f}
+    responses = {f"logits.dense: l1 * {5 * f:g}" for f in WEIGHT_PHASE_RESPONSES if f}
     assert drawn == {"none"} | features | responses | {f"{a}; {b}" for a in features for b in responses}
     start = space.given[0]
     for n in range(100):
@@ -211,9 +212,12 @@ def test_the_weight_space_is_what_it_says() -> None:
 
 
 def test_found_weights_are_improved() -> None:
-    """The weight phase starts from the single formulas, and without noise it does not end there."""
-    search = DivideAndConquer(INPUTS, 4, SETTINGS)
-    run_serial(search, lambda candidate: [true_ap(candidate.formula)])
-    single = max(true_ap(ask.candidate.formula) for ask in in_phase(search, "formula"))
-    best = search.best()
-    assert best is not None and true_ap(best.formula) > single
+    """The weight phase starts from the single formulas; without noise it never ends below them, and mostly above."""
+    gains = []
+    for seed in range(8):
+        search = DivideAndConquer(INPUTS, seed, SETTINGS)
+        run_serial(search, lambda candidate: [true_ap(candidate.formula)])
+        best = search.best()
+        assert best is not None
+        gains.append(true_ap(best.formula) - max(true_ap(ask.candidate.formula) for ask in in_phase(search, "formula")))
+    assert min(gains) >= 0 and fmean(gains) > 0.005

@@ -104,8 +104,8 @@ def test_given_formulas_come_first() -> None:
     first = [divided.ask() for _ in range(6)]
     origins = [(ask.group, ask.origin) for ask in first if isinstance(ask, Ask)]
     assert origins == [
-        ("global", "given"), ("logits.rpn", "random"), ("logits.roi", "given"),
-        ("global", "given"), ("logits.rpn", "random"), ("logits.roi", "random"),
+        ("global", "given"), ("logits.dense", "random"), ("logits.roi", "given"),
+        ("global", "given"), ("logits.dense", "random"), ("logits.roi", "random"),
     ]  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_searching_beats_drawing_at_equal_budget() -> None:
 
 def test_the_objective_has_the_optimum_it_names() -> None:
     perfect = Formula.parse(
-        "global: catt > pool(2) > norm(c) | l1 * 10; logits.rpn: mask > softmax(hw) | kl * 1;"
+        "global: catt > pool(2) > norm(c) | l1 * 10; logits.dense: mask > softmax(hw) | kl * 1;"
         "logits.roi: affine > softmax(c) | cosine * 5"
     )
     assert true_ap(perfect) == pytest.approx(0.55) and set(perfect.inputs) == set(WANTED)

@@ -203,7 +203,7 @@ def test_gradients_are_clipped_to_their_norm(
 
 def test_frozen_parameters_stay(make: Callable[..., Trainer], tiny_spec: DetectorSpec, tiny_loader: Loader) -> None:
     student = build(tiny_spec)
-    for parameter in student.model.backbone.body.parameters():
+    for parameter in student.model.get_submodule("backbone.body").parameters():
         parameter.requires_grad_(False)
     before = {name: p.detach().clone() for name, p in student.model.named_parameters()}
     list(Trainer(student, tiny_loader, replace(SHORT, epochs=1), seed=0).epochs())
@@ -225,7 +225,7 @@ def test_the_adapter_is_trained_but_no_part_of_the_student(
     list(trainer.epochs())
     assert not torch.equal(distiller.adapter.weight, before)
     assert set(trainer.model.state_dict()) == names
-    assert all(parameter.grad is None for parameter in wide.parameters())
+    assert all(parameter.grad is None for parameter in wide.model.parameters())
 
 
 def test_the_parts_of_an_epochs_time_are_its_wall_time(make: Callable[..., Trainer]) -> None:

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from detector_cases import small_spec
 
 from autodet.detectors import DetectorSpec, build, load_detector, save_detector
+from autodet.detectors.spec import FAMILIES
 from autodet.detectors.weights import weights_hash
 from autodet.distill import PUBLISHED, Formula
 from autodet.training import Epoch, Outcome, Task, Trainer, TrainSettings, Workbench
 from autodet.training import task as task_module
 
 NONE = Formula()
-MIXED = Formula.parse("global: l2; logits.rpn: sigmoid | l2; logits.roi: softmax(c, t=2) | kl * 4")
+MIXED = Formula.parse("global: l2; logits.dense: sigmoid | l2; logits.roi: softmax(c, t=2) | kl * 4")
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +122,31 @@ def test_a_task_without_a_teacher_trains_alone_and_refuses_the_rest(task: Task) 
         alone.probe()
 
 
-def test_a_teacher_of_other_classes_is_refused_by_name(task: Task, teacher_spec: DetectorSpec, tmp_path: Path) -> None:
+def test_a_teacher_of_other_classes_teaches_what_needs_none(
+    task: Task, teacher_spec: DetectorSpec, tmp_path: Path
+) -> None:
     path = tmp_path / "blood.safetensors"
     save_detector(path, build(teacher_spec.with_labels([(1, "RBC"), (2, "WBC")])))
-    with pytest.raises(ValueError, match=r"blood\.safetensors knows the classes.*WBC.*but the data has.*triangle"):
-        Workbench(replace(task, teacher=str(path)))
+    bench = Workbench(replace(task, teacher=str(path), settings=replace(task.settings, epochs=1), weights=None))
+    outcome = bench.run(Formula.parse("global: l2; logits.dense: sigmoid | l2"), inherit=True, replicate=0)
+    assert outcome.metrics.ap is not None and "neck and head tensors" in str(outcome.notes["inherited"])
+    with pytest.raises(ValueError, match=r"'logits.roi.*impossible for this pair: .*different labels"):
+        bench.run(MIXED, inherit=False, replicate=0)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(a, b) for a in FAMILIES for b in FAMILIES if a != b])
+def test_a_teacher_of_another_family_teaches_what_both_have(
+    task: Task, tmp_path: Path, student: str, teacher: str
+) -> None:
+    path = tmp_path / "teacher.safetensors"
+    save_detector(path, build(small_spec(teacher, task.student.labels)))
+    one_epoch = replace(task, settings=replace(task.settings, epochs=1), weights=None, cache=str(tmp_path))
+    bench = Workbench(replace(one_epoch, teacher=str(path), student=small_spec(student, task.student.labels)))
+    outcome = bench.run(Formula.parse("fg: l2; logits.dense: sigmoid | l2"), inherit=True, replicate=0)
+    assert outcome.metrics.ap is not None
+    assert all(scale > 0 and scale != 1 for scale in outcome.notes["scales"].values())
+    with pytest.raises(ValueError, match="has no second stage"):
+        bench.run(MIXED, inherit=False, replicate=0)
 
 
 def test_the_teachers_answers_are_kept_for_recurring_batches_only(task: Task, tmp_path: Path) -> None:
@@ -200,7 +222,7 @@ def test_a_teacher_that_sees_larger_images_is_asked_about_the_same_regions(
     inputs = student.preprocess(batch.images)
     features = student.features(inputs)
     taught = bench.teacher(batch)
-    output = task_module._answer(student, inputs, features, student.dense(inputs, features), taught)
+    output = task_module._answer(student, batch, inputs, features, student.dense(inputs, features), taught)
     assert output.regions is not None and taught.regions is not None
     torch.testing.assert_close(output.regions.class_logits, taught.regions.class_logits)
 

@@ -1,0 +1,106 @@
+"""FCOS (Tian et al. 2019): torchvision's model in explicit steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
+
+from autodet.detectors.one_stage import flatten, head_outputs, postprocess
+from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
+from autodet.detectors.spec import DetectorSpec, SpecError
+from autodet.detectors.steps import Dense, Features, Inputs, Target
+
+
+class FCOSSteps(PyramidSteps):
+    """The steps of ``detectors.steps.Detector`` on a torchvision FCOS, which is used as it is, not copied."""
+
+    model: FCOS
+
+    def dense(self, inputs: Inputs, features: Features) -> Dense:
+        """Class logits, distances to the box's sides (in the level's anchor size) and centerness of every location."""
+        classify, regress = self.model.head.classification_head, self.model.head.regression_head
+        logits = {stride: classify.cls_logits(classify.conv(level)) for stride, level in features.items()}
+        towers = {stride: regress.conv(level) for stride, level in features.items()}
+        sides = {stride: nn.functional.relu(regress.bbox_reg(tower)) for stride, tower in towers.items()}
+        centerness = {stride: regress.bbox_ctrness(tower) for stride, tower in towers.items()}
+        anchors = self.model.anchor_generator(inputs.images, list(features.values()))
+        return Dense(logits, sides, anchors, centerness)
+
+    def boxes(self, dense: Dense) -> Tensor:
+        """N×all×4 xyxy in the canvas's pixels."""
+        decoded: Tensor = self.model.box_coder.decode(flatten(dense.deltas, 4).float(), torch.stack(dense.anchors))
+        return decoded
+
+    def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
+        """The plain model's focal loss, GIoU loss and centerness loss."""
+        if inputs.targets is None:
+            raise ValueError("The losses need targets: give them to preprocess().")
+        outputs = head_outputs(dense, len(self.spec.labels) + 1)
+        per_level = [level.shape[2] * level.shape[3] for level in features.values()]
+        return dict(self.model.compute_loss(inputs.targets, outputs, dense.anchors, per_level))
+
+    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
+        """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
+        return postprocess(self.model, inputs, dense, len(self.spec.labels) + 1)
+
+
+def build_fcos(spec: DetectorSpec) -> FCOS:
+    """A torchvision FCOS with fresh weights from torch's generator; parameter names are torchvision's."""
+    backbone = build_backbone(spec)
+    classes = len(spec.labels) + 1
+    anchors = AnchorGenerator(tuple((size,) for size in spec.anchor_sizes), ((1.0,),) * len(spec.anchor_sizes))
+    head = FCOSHead(spec.neck_width, 1, classes, num_convs=0)  # its own norms have 32 groups
+    groups = partial(nn.GroupNorm, spec.head_groups)
+    head.classification_head = FCOSClassificationHead(spec.neck_width, 1, classes, spec.head_depth, norm_layer=groups)
+    head.regression_head = FCOSRegressionHead(spec.neck_width, 1, spec.head_depth, norm_layer=groups)
+    return FCOS(
+        backbone,
+        classes,
+        min_size=spec.min_size,
+        max_size=spec.max_size,
+        anchor_generator=anchors,
+        head=head,
+        score_thresh=spec.score_threshold,
+        nms_thresh=spec.nms_threshold,
+        detections_per_img=spec.detections,
+        topk_candidates=spec.candidates,
+    )
+
+
+def describe_fcos(model: FCOS, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
+    """The spec of a user's torchvision FCOS, read off its modules; SpecError where a spec cannot say a part."""
+    if not isinstance(model.head, FCOSHead):
+        raise SpecError(f"Expected an FCOSHead, found {type(model.head).__name__}: no adapter for it.")
+    classify = model.head.classification_head
+    norms = [layer for layer in classify.conv if isinstance(layer, nn.GroupNorm)]
+    if not norms:
+        raise SpecError("Expected an FCOSHead with group norms, found none: no adapter for it.")
+    spec = DetectorSpec(
+        family="fcos",
+        **describe_frame(model, classify.num_classes - 1, labels),
+        anchor_sizes=tuple(sizes[0] for sizes in model.anchor_generator.sizes),
+        anchor_ratios=(1.0,),
+        head_depth=len(norms),
+        head_groups=norms[0].num_groups,
+        candidates=model.topk_candidates,
+        score_threshold=model.score_thresh,
+        nms_threshold=model.nms_thresh,
+        detections=model.detections_per_img,
+    )
+    with torch.device("meta"):
+        check_rebuilt(model, build_fcos(spec), _unsaid)
+    return spec
+
+
+def _unsaid(model: FCOS) -> dict[str, object]:
+    """Settings that a spec has no field for."""
+    return unsaid_frame(model, model.anchor_generator) | {
+        "center_sampling_radius": model.center_sampling_radius,
+        "box_coders": (model.box_coder.normalize_by_size, model.head.box_coder.normalize_by_size),
+    }

@@ -1,0 +1,39 @@
+"""Between maps and lists: what RetinaNet and FCOS have in common behind their heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodet.detectors.steps import Dense, Inputs, Target
+
+
+def flatten(maps: Mapping[int, Tensor], numbers: int) -> Tensor:
+    """Levels N×(A·numbers)×H×W → N×(all locations' anchors)×numbers, in the anchors' order (torchvision's)."""
+    rows = []
+    for level in maps.values():
+        images, _, height, width = level.shape
+        split = level.view(images, -1, numbers, height, width).permute(0, 3, 4, 1, 2)
+        rows.append(split.reshape(images, -1, numbers))
+    return torch.cat(rows, dim=1)
+
+
+def head_outputs(dense: Dense, classes: int) -> dict[str, Tensor]:
+    """The responses under the names, and in the shapes N×all×numbers, that torchvision's losses take."""
+    outputs = {"cls_logits": flatten(dense.logits, classes), "bbox_regression": flatten(dense.deltas, 4)}
+    if dense.centerness is not None:
+        outputs["bbox_ctrness"] = flatten(dense.centerness, 1)
+    return outputs
+
+
+def postprocess(model: Any, inputs: Inputs, dense: Dense, classes: int) -> list[Target]:
+    """Detections by the plain model's own selection and NMS; boxes in pixels of the images before resizing."""
+    per_level = [level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in dense.deltas.values()]
+    outputs = {name: list(torch.split(rows, per_level, dim=1)) for name, rows in head_outputs(dense, classes).items()}
+    anchors = [list(torch.split(rows, per_level)) for rows in dense.anchors]
+    select: Callable[..., list[Target]] = model.postprocess_detections
+    found = select(outputs, anchors, inputs.images.image_sizes)
+    return list(model.transform.postprocess(found, inputs.images.image_sizes, inputs.sizes))

@@ -1,0 +1,116 @@
+"""RetinaNet (Lin et al. 2017): torchvision's model in explicit steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+from autodet.detectors.one_stage import flatten, head_outputs, postprocess
+from autodet.detectors.pyramid import (
+    PyramidSteps,
+    build_backbone,
+    check_rebuilt,
+    describe_frame,
+    matching,
+    unsaid_frame,
+)
+from autodet.detectors.spec import DetectorSpec, SpecError, octaves
+from autodet.detectors.steps import Dense, Features, Inputs, Target
+
+
+class RetinaNetSteps(PyramidSteps):
+    """The steps of ``detectors.steps.Detector`` on a torchvision RetinaNet, which is used as it is, not copied."""
+
+    model: RetinaNet
+
+    def dense(self, inputs: Inputs, features: Features) -> Dense:
+        """Class logits and box regressions of every anchor."""
+        classify, regress = self.model.head.classification_head, self.model.head.regression_head
+        logits = {stride: classify.cls_logits(classify.conv(level)) for stride, level in features.items()}
+        deltas = {stride: regress.bbox_reg(regress.conv(level)) for stride, level in features.items()}
+        return Dense(logits, deltas, self.model.anchor_generator(inputs.images, list(features.values())))
+
+    def boxes(self, dense: Dense) -> Tensor:
+        """N×all×4 xyxy in the canvas's pixels."""
+        rows = flatten(dense.deltas, 4).float()
+        decode = self.model.box_coder.decode_single
+        return torch.stack([decode(codes, anchors) for codes, anchors in zip(rows, dense.anchors, strict=True)])
+
+    def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
+        """The plain model's focal loss and box loss."""
+        if inputs.targets is None:
+            raise ValueError("The losses need targets: give them to preprocess().")
+        outputs = head_outputs(dense, len(self.spec.labels) + 1)
+        return dict(self.model.compute_loss(inputs.targets, outputs, dense.anchors))
+
+    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
+        """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
+        return postprocess(self.model, inputs, dense, len(self.spec.labels) + 1)
+
+
+def build_retinanet(spec: DetectorSpec) -> RetinaNet:
+    """A torchvision RetinaNet with fresh weights from torch's generator; parameter names are torchvision's."""
+    backbone = build_backbone(spec)
+    anchors = AnchorGenerator(
+        tuple(octaves(size, spec.anchor_octaves) for size in spec.anchor_sizes),
+        (spec.anchor_ratios,) * len(spec.anchor_sizes),
+    )
+    groups = partial(nn.GroupNorm, spec.head_groups) if spec.head_groups else None
+    head = RetinaNetHead(
+        spec.neck_width, anchors.num_anchors_per_location()[0], len(spec.labels) + 1, norm_layer=groups
+    )
+    for part in (head.classification_head, head.regression_head):
+        part.conv = part.conv[: spec.head_depth]  # torchvision builds four
+    head.regression_head._loss_type = spec.box_loss
+    return RetinaNet(
+        backbone,
+        len(spec.labels) + 1,
+        min_size=spec.min_size,
+        max_size=spec.max_size,
+        anchor_generator=anchors,
+        head=head,
+        score_thresh=spec.score_threshold,
+        nms_thresh=spec.nms_threshold,
+        detections_per_img=spec.detections,
+        topk_candidates=spec.candidates,
+    )
+
+
+def describe_retinanet(model: RetinaNet, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
+    """The spec of a user's torchvision RetinaNet, read off its modules; SpecError where a spec cannot say a part."""
+    if not isinstance(model.head, RetinaNetHead):
+        raise SpecError(f"Expected a RetinaNetHead, found {type(model.head).__name__}: no adapter for it.")
+    classify, anchors = model.head.classification_head, model.anchor_generator
+    norm = next((m for m in classify.conv.modules() if isinstance(m, nn.GroupNorm)), None)
+    spec = DetectorSpec(
+        family="retinanet",
+        **describe_frame(model, classify.num_classes - 1, labels),
+        anchor_sizes=tuple(sizes[0] for sizes in anchors.sizes),
+        anchor_octaves=len(anchors.sizes[0]),
+        anchor_ratios=tuple(anchors.aspect_ratios[0]),
+        head_depth=len(classify.conv),
+        head_groups=norm.num_groups if norm is not None else 0,
+        box_loss=cast(str, model.head.regression_head._loss_type),
+        candidates=model.topk_candidates,
+        score_threshold=model.score_thresh,
+        nms_threshold=model.nms_thresh,
+        detections=model.detections_per_img,
+    )
+    with torch.device("meta"):
+        check_rebuilt(model, build_retinanet(spec), _unsaid)
+    return spec
+
+
+def _unsaid(model: RetinaNet) -> dict[str, object]:
+    """Settings that a spec has no field for."""
+    return unsaid_frame(model, model.anchor_generator) | {
+        "matcher": matching(model.proposal_matcher),
+        "box_coders": (tuple(model.box_coder.weights), tuple(model.head.regression_head.box_coder.weights)),
+    }

@@ -1,0 +1,108 @@
+"""Detectors, images and comparisons that the tests of all families share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn,
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
+
+from autodet.detectors import Arch, Dense, Detector, DetectorSpec, Features, Inputs, torchvision_spec
+
+LABELS = ((3, "dog"), (7, "traffic light"))
+BODY = Arch.parse("basic-8:8x1-16x1-16x1-24x1")
+# What torchvision's constructors build for LABELS.
+CONSTRUCTORS = {
+    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, torchvision_spec("faster_rcnn", Arch.resnet50(), LABELS)),
+    "retinanet_resnet50_fpn": (retinanet_resnet50_fpn, torchvision_spec("retinanet", Arch.resnet50(), LABELS)),
+    "retinanet_resnet50_fpn_v2": (
+        retinanet_resnet50_fpn_v2,
+        replace(torchvision_spec("retinanet", Arch.resnet50(), LABELS), top="body", head_groups=32, box_loss="giou"),
+    ),
+    "fcos_resnet50_fpn": (fcos_resnet50_fpn, torchvision_spec("fcos", Arch.resnet50(), LABELS)),
+}
+
+Targets = list[dict[str, Tensor]]
+
+
+def small_spec(family: str, labels: tuple[tuple[int, str], ...] = LABELS, **changes: Any) -> DetectorSpec:
+    """torchvision's detector of a family for images of 64×96, narrow, and quick to find something."""
+    spec = torchvision_spec(family, BODY, labels).at_size(64)
+    values: dict[str, Any] = {"neck_width": 16, "max_size": 96, "score_threshold": 0.01, "detections": 80}
+    if spec.two_stage:
+        values |= {"head_width": 32, "roi_size": 3, "proposals_before_nms": (90, 80), "proposals": (60, 50)}
+        values |= {"regions_per_image": 32}
+    else:
+        values |= {"candidates": 60, "head_depth": 2}
+    if spec.head_groups:
+        values["head_groups"] = 4
+    return replace(spec, **values | changes)
+
+
+def constructed(name: str, **settings: Any) -> Any:
+    """A fresh model of one of torchvision's constructors, for LABELS and small images."""
+    return CONSTRUCTORS[name][0](
+        weights=None, weights_backbone=None, num_classes=len(LABELS) + 1, min_size=64, max_size=96, **settings
+    )
+
+
+def stir(model: nn.Module) -> None:
+    """Make fresh weights answer differently from place to place and class to class, as if trained; in place."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("running_mean"):
+                tensor.uniform_(-0.5, 0.5)
+            elif name.startswith("backbone.body.") and tensor.dim() == 1 and name.endswith("weight"):
+                tensor.uniform_(0.2, 0.6)  # keeps the maps of a deep body from growing
+            elif not name.startswith("backbone.body.") and tensor.dim() > 1:
+                gain = 0.5 if "bbox_" in name else 0.1 if "cls_score" in name else 2.0  # no class always wins
+                tensor.normal_(std=gain / tensor[0].numel() ** 0.5)
+            elif "cls_logits" in name:
+                tensor.uniform_(-0.5, 0.5)
+            elif "cls_score" in name:
+                tensor.zero_()
+
+
+def batch(
+    sizes: tuple[tuple[int, int], ...] = ((48, 72), (60, 40), (50, 50)), classes: int = 2
+) -> tuple[list[Tensor], Targets]:
+    """Images of these sizes (height, width) in turn with two objects, with none, and with one."""
+    images = [torch.rand(3, *size) for size in sizes]
+    boxes: list[list[list[float]]] = [[[4, 5, 40, 44], [22, 10, 38, 30]], [], [[10, 10, 30, 45]]]
+    labels: list[list[int]] = [[1, classes], [], [classes]]
+    return images, [
+        {
+            "boxes": torch.tensor(boxes[i % 3], dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(labels[i % 3], dtype=torch.int64),
+        }
+        for i in range(len(sizes))
+    ]
+
+
+def steps(detector: Detector, images: list[Tensor], targets: Targets | None = None) -> tuple[Inputs, Features, Dense]:
+    """The values of the first three steps."""
+    inputs = detector.preprocess(images, targets)
+    features = detector.features(inputs)
+    return inputs, features, detector.dense(inputs, features)
+
+
+def step_losses(detector: Detector, images: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+    return detector.losses(*steps(detector, images, targets))
+
+
+def assert_same_detections(found: Targets, expected: Targets) -> None:
+    assert len(found) == len(expected)
+    assert all(len(image["boxes"]) > 0 for image in expected), "nothing is detected, so nothing is compared"
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys() == {"boxes", "scores", "labels"}
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-5)

@@ -6,8 +6,8 @@ time:      as many trainings of the proxy as the grid has formulas, 440 by defau
            15 s a training and two workers about an hour
 expected:  table.csv in the run's folder, or where --table says, for compare_searchers.py; how far seeds spread AP
 
-The table lets searches be compared in seconds. Formulas are trained in an order that does not depend on what they are. The replicates are those of the first ones of
-this order. Stop and go on with --resume FOLDER.
+The table lets searches be compared in seconds. Formulas are trained in an order that does not depend on what they are;
+the replicates are those of the first ones of this order. Stop and go on with --resume FOLDER.
 """
 
 from __future__ import annotations

@@ -34,12 +34,9 @@ class Distiller(nn.Module):
         for term in formula.terms:
             if reason := why_incomparable(term.input, student, teacher):
                 raise ValueError(f"Term '{term}' is impossible for this pair: {reason}. Leave {term.input} out.")
-        self.adapter = (
-            nn.Conv2d(student.neck_width, teacher.neck_width, 1)
-            if student.neck_width != teacher.neck_width
-            and any(INPUTS[t.input].part == "features" for t in formula.terms)
-            else None
-        )
+        compares_maps = any(INPUTS[term.input].part == "features" for term in formula.terms)
+        needed = compares_maps and student.neck_width != teacher.neck_width
+        self.adapter = nn.Conv2d(student.neck_width, teacher.neck_width, 1) if needed else None
         self.register_buffer("step_count", torch.zeros((), dtype=torch.long))
         self.register_buffer("history", torch.full((NORMALISING_STEPS, len(formula.terms)), torch.nan))
 
@@ -57,7 +54,7 @@ class Distiller(nn.Module):
             student = replace(student, features=adapted)
         # In half precision the positions that a map is resampled at would be off by parts of a cell.
         with torch.autocast(self.history.device.type, enabled=False):
-            used = {term.input for term in self.formula.terms}
+            used = dict.fromkeys(term.input for term in self.formula.terms)  # in order, or rounding would depend on it
             values = {name: INPUTS[name].pairs(student, teacher) for name in used}
         for index, term in enumerate(self.formula.terms):
             pairs = values[term.input]

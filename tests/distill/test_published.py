@@ -228,7 +228,7 @@ def test_only_the_formula_that_normalises_over_the_batch_needs_two_images() -> N
     assert {name: p.formula.min_batch for name, p in PUBLISHED.items() if p.formula.min_batch > 1} == {"detkds": 2}
 
 
-def test_where_terms_are_normalised_published_formulas_enter_with_weight_one() -> None:
+def test_where_terms_are_normalised_published_formulas_enter_with_weight_one_at_most() -> None:
     for published in PUBLISHED.values():
         assert published.weighted(normalised=False) == published.formula
         plain, unit = published.formula.terms, published.weighted(normalised=True).terms
@@ -236,4 +236,4 @@ def test_where_terms_are_normalised_published_formulas_enter_with_weight_one() -
         assert max(term.weight for term in unit) == 1.0
         ratios = {new.weight / old.weight for new, old in zip(unit, plain, strict=True)}
         assert max(ratios) == pytest.approx(min(ratios))
-        assert {term.weight for term in published.weighted(normalised=True, weight=0.3).terms} == {0.3}
+        assert max(term.weight for term in published.weighted(normalised=True, weight=0.3).terms) == 0.3

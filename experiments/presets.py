@@ -81,12 +81,12 @@ def demo(family: str, teacher_family: str) -> Preset:
         teacher=small(teacher_family, TEACHER, 96, sampling=1),
         student=small(family, STUDENT, 96, sampling=1),
         teaching=recipe(12),
-        proxy=recipe(5, batch_size=4),
+        proxy=recipe(4, batch_size=4),
         fraction=0.25,
-        checks=(3,),
+        checks=(2,),
         full=recipe(7, batch_size=4),
         shapes=(240, 40, 40),
-        search=divide(per_input=4, weights=8, population=1, controls=2, finalists=2),
+        search=divide(per_input=4, weights=4, population=1, controls=2, finalists=2, runs=1),
         seeds=3,
     )
 

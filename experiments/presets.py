@@ -96,11 +96,11 @@ def cpu(family: str, teacher_family: str) -> Preset:
     return Preset(
         teacher=small(teacher_family, TEACHER, 192),
         student=small(family, STUDENT, 192),
-        teaching=recipe(16, lr=1e-3, ema=0.99) if teacher_family == "faster_rcnn" else recipe(12, 1e-3, 0.99, 4),
+        teaching=TEACHING[teacher_family],
         proxy=recipe(8, batch_size=4),
         fraction=0.25,
         checks=(5,),
-        full=recipe(16) if family == "faster_rcnn" else recipe(12, batch_size=4),
+        full=FULL[family],
         shapes=(400, 120, 120),
         search=divide(per_input=12, weights=16, population=2),
     )
@@ -187,3 +187,13 @@ def divide(
 TEACHER = "basic-32:32x2-64x2-128x2-256x2"
 STUDENT = "basic-8:8x1-16x1-32x1-64x1"
 RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}  # torchvision's reference recipes, for batches of 16
+TEACHING = {  # preset cpu's teachers
+    "faster_rcnn": recipe(16, lr=1e-3, ema=0.99),
+    "retinanet": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
+    "fcos": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
+}
+FULL = {  # preset cpu's students
+    "faster_rcnn": recipe(16),
+    "retinanet": recipe(12, batch_size=4),
+    "fcos": recipe(12, batch_size=4),
+}

@@ -5,8 +5,9 @@ hardware:  smoke, demo and cpu: two cores; gpu: one or more GPUs
 time:      smoke about 30 s, demo under 5 minutes, cpu under 60 minutes
 expected:  a folder with the found formula, the distilled student's weights, summary.csv, pictures and report.html
 
-Stop it at any moment (Ctrl-C, SIGTERM, kill -9) and go on with --resume RUN. The method is DetKDS's divide-and-conquer
-evolution (ICML 2024); budgets and recipes are ours.
+Stop it at any moment (Ctrl-C, SIGTERM, kill -9) and go on with --resume RUN. The method is DetKDS's divide and
+conquer (ICML 2024): formulas of each input evolve first, then they are combined. Combining by prediction, the default,
+is ours; --conquer evolution is DetKDS's way. Budgets and recipes are ours.
 """
 
 from __future__ import annotations

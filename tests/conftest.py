@@ -27,6 +27,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same whichever tests run before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated data set "shapes": 8 training and 4 validation images of 96×64."""

@@ -71,15 +71,13 @@ class FasterRCNNSteps(PyramidSteps):
 
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """The plain model's four losses, equal to its own: random draws come in its order."""
-        if inputs.targets is None:
-            raise ValueError("The losses need targets: give them to preprocess().")
-        rpn, heads = self.model.rpn, self.model.roi_heads
+        rpn, heads, targets = self.model.rpn, self.model.roi_heads, inputs.ground_truth()
         objectness, deltas = _flatten(dense)
         proposals = self._proposals(inputs, dense, objectness, deltas)
-        labels, matched = rpn.assign_targets_to_anchors(dense.anchors, inputs.targets)
+        labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
         regression = rpn.box_coder.encode(matched, dense.anchors)
         loss_objectness, loss_rpn_box = rpn.compute_loss(objectness, deltas, labels, regression)
-        sampled, _, roi_labels, roi_regression = heads.select_training_samples(proposals, inputs.targets)
+        sampled, _, roi_labels, roi_regression = heads.select_training_samples(proposals, targets)
         regions = self.regions(inputs, features, sampled)
         loss_class, loss_box = fastrcnn_loss(regions.class_logits, regions.box_deltas, roi_labels, roi_regression)
         return {

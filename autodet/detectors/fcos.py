@@ -11,7 +11,7 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 
-from autodet.detectors.one_stage import flatten, head_outputs, postprocess
+from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.steps import Dense, Features, Inputs, Target
@@ -39,11 +39,9 @@ class FCOSSteps(PyramidSteps):
 
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """The plain model's focal loss, GIoU loss and centerness loss."""
-        if inputs.targets is None:
-            raise ValueError("The losses need targets: give them to preprocess().")
         outputs = head_outputs(dense, len(self.spec.labels) + 1)
         per_level = [level.shape[2] * level.shape[3] for level in features.values()]
-        return dict(self.model.compute_loss(inputs.targets, outputs, dense.anchors, per_level))
+        return dict(self.model.compute_loss(inputs.ground_truth(), outputs, dense.anchors, per_level))
 
     def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
         """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
@@ -62,14 +60,9 @@ def build_fcos(spec: DetectorSpec) -> FCOS:
     return FCOS(
         backbone,
         classes,
-        min_size=spec.min_size,
-        max_size=spec.max_size,
         anchor_generator=anchors,
         head=head,
-        score_thresh=spec.score_threshold,
-        nms_thresh=spec.nms_threshold,
-        detections_per_img=spec.detections,
-        topk_candidates=spec.candidates,
+        **frame_options(spec),
     )
 
 
@@ -88,10 +81,7 @@ def describe_fcos(model: FCOS, labels: Sequence[tuple[int, str]]) -> DetectorSpe
         anchor_ratios=(1.0,),
         head_depth=len(norms),
         head_groups=norms[0].num_groups,
-        candidates=model.topk_candidates,
-        score_threshold=model.score_thresh,
-        nms_threshold=model.nms_thresh,
-        detections=model.detections_per_img,
+        **describe_selection(model),
     )
     with torch.device("meta"):
         check_rebuilt(model, build_fcos(spec), _unsaid)

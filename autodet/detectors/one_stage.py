@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodet.detectors.spec import DetectorSpec
 from autodet.detectors.steps import Dense, Inputs, Target
 
 
@@ -37,3 +38,25 @@ def postprocess(model: Any, inputs: Inputs, dense: Dense, classes: int) -> list[
     select: Callable[..., list[Target]] = model.postprocess_detections
     found = select(outputs, anchors, inputs.images.image_sizes)
     return list(model.transform.postprocess(found, inputs.images.image_sizes, inputs.sizes))
+
+
+def frame_options(spec: DetectorSpec) -> dict[str, Any]:
+    """What both constructors take of a spec besides body, anchors and head."""
+    return {
+        "min_size": spec.min_size,
+        "max_size": spec.max_size,
+        "score_thresh": spec.score_threshold,
+        "nms_thresh": spec.nms_threshold,
+        "detections_per_img": spec.detections,
+        "topk_candidates": spec.candidates,
+    }
+
+
+def describe_selection(model: Any) -> dict[str, Any]:
+    """The spec's fields about the selection of detections, read off a model."""
+    return {
+        "candidates": model.topk_candidates,
+        "score_threshold": model.score_thresh,
+        "nms_threshold": model.nms_thresh,
+        "detections": model.detections_per_img,
+    }

@@ -12,7 +12,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from autodet.detectors.one_stage import flatten, head_outputs, postprocess
+from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import (
     PyramidSteps,
     build_backbone,
@@ -45,10 +45,8 @@ class RetinaNetSteps(PyramidSteps):
 
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """The plain model's focal loss and box loss."""
-        if inputs.targets is None:
-            raise ValueError("The losses need targets: give them to preprocess().")
         outputs = head_outputs(dense, len(self.spec.labels) + 1)
-        return dict(self.model.compute_loss(inputs.targets, outputs, dense.anchors))
+        return dict(self.model.compute_loss(inputs.ground_truth(), outputs, dense.anchors))
 
     def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
         """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
@@ -72,14 +70,9 @@ def build_retinanet(spec: DetectorSpec) -> RetinaNet:
     return RetinaNet(
         backbone,
         len(spec.labels) + 1,
-        min_size=spec.min_size,
-        max_size=spec.max_size,
         anchor_generator=anchors,
         head=head,
-        score_thresh=spec.score_threshold,
-        nms_thresh=spec.nms_threshold,
-        detections_per_img=spec.detections,
-        topk_candidates=spec.candidates,
+        **frame_options(spec),
     )
 
 
@@ -98,10 +91,7 @@ def describe_retinanet(model: RetinaNet, labels: Sequence[tuple[int, str]]) -> D
         head_depth=len(classify.conv),
         head_groups=norm.num_groups if norm is not None else 0,
         box_loss=cast(str, model.head.regression_head._loss_type),
-        candidates=model.topk_candidates,
-        score_threshold=model.score_thresh,
-        nms_threshold=model.nms_thresh,
-        detections=model.detections_per_img,
+        **describe_selection(model),
     )
     with torch.device("meta"):
         check_rebuilt(model, build_retinanet(spec), _unsaid)

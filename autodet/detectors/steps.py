@@ -32,6 +32,12 @@ class Inputs:
     targets: list[Target] | None
     sizes: list[tuple[int, int]]
 
+    def ground_truth(self) -> list[Target]:
+        """The targets; ValueError where none were given."""
+        if self.targets is None:
+            raise ValueError("The losses need targets: give them to preprocess().")
+        return self.targets
+
 
 @dataclass
 class Dense:

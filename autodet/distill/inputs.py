@@ -8,7 +8,7 @@ boxes and the reductions between heads of different families.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,13 +68,16 @@ def dense_logits(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
     Where the numbers of anchors differ, the strongest anchor's (N×K×H×W); where one head knows classes and the other
     only objects, the strongest class's as well (N×1×H×W).
     """
-    ours, theirs = _logits(student), _logits(teacher)
+    over: tuple[int, ...] = ()
     if _classes(student) != _classes(teacher):
-        ours, theirs = ({s: level.amax((1, 2)).unsqueeze(1) for s, level in side.items()} for side in (ours, theirs))
+        over = (1, 2)
     elif not same_anchors(student.spec, teacher.spec):
-        ours, theirs = ({s: level.amax(1) for s, level in side.items()} for side in (ours, theirs))
-    else:
-        ours, theirs = ({s: level.flatten(1, 2) for s, level in side.items()} for side in (ours, theirs))
+        over = (1,)
+
+    def reduced(level: Tensor) -> Tensor:
+        return (level.amax(over, keepdim=True) if over else level).flatten(1, 2)
+
+    ours, theirs = ({s: reduced(level) for s, level in _logits(side).items()} for side in (student, teacher))
     return [(map_value(s), map_value(t)) for s, t in _aligned(student, teacher, ours, theirs).values()]
 
 
@@ -313,6 +316,6 @@ def comparable_inputs(student: DetectorSpec, teacher: DetectorSpec) -> tuple[str
     return tuple(name for name in INPUTS if why_incomparable(name, student, teacher) is None)
 
 
-def parts_of(names: Sequence[str] | frozenset[str]) -> frozenset[str]:
+def parts_of(names: Iterable[str]) -> frozenset[str]:
     """What a detector must run for these inputs: some of ``outputs.PARTS``."""
     return frozenset(INPUTS[name].part for name in names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import (
@@ -14,9 +15,12 @@ from torchvision.models.detection import (
     retinanet_resnet50_fpn_v2,
 )
 
-from autodet.detectors import Arch, Dense, Detector, DetectorSpec, Features, Inputs, torchvision_spec
+from autodet.detectors import Arch, Dense, Detector, DetectorSpec, Features, Inputs, build, torchvision_spec
+from autodet.detectors.spec import FAMILIES
 
 LABELS = ((3, "dog"), (7, "traffic light"))
+ONE = ((5, "cell"),)
+families = pytest.mark.parametrize("family", FAMILIES)
 BODY = Arch.parse("basic-8:8x1-16x1-16x1-24x1")
 # What torchvision's constructors build for LABELS.
 CONSTRUCTORS = {
@@ -106,3 +110,10 @@ def assert_same_detections(found: Targets, expected: Targets) -> None:
         assert one.keys() == other.keys() == {"boxes", "scores", "labels"}
         for key in one:
             torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-5)
+
+
+def stirred(spec: DetectorSpec) -> Detector:
+    """A detector that finds something."""
+    detector = build(spec)
+    stir(detector.model)
+    return detector

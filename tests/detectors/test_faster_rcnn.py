@@ -43,11 +43,6 @@ SPEC = DetectorSpec(
 )
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def make_detector(spec: DetectorSpec = SPEC) -> FasterRCNNSteps:
     return FasterRCNNSteps(build_faster_rcnn(spec), spec)
 

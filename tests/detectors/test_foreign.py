@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from detector_cases import BODY, CONSTRUCTORS, LABELS, assert_same_detections, batch, small_spec, stir
+from detector_cases import BODY, CONSTRUCTORS, LABELS, assert_same_detections, batch, families, small_spec, stir
 from torch import Tensor
 from torchvision.models import resnet18
 from torchvision.models.detection import (
@@ -39,12 +39,6 @@ from autodet.detectors.weights import WeightsError, modern_names
 
 State = dict[str, Tensor]
 OLD_HEADS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")  # published before torchvision renamed its layers
-families = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def plain_spec(family: str, **changes: Any) -> DetectorSpec:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from autodet.detectors import Arch, DetectorSpec
+from autodet.data import Batch
+from autodet.detectors import Arch, Detector, DetectorSpec
+from autodet.distill.formula import Formula
+from autodet.distill.inputs import INPUTS
 from autodet.distill.outputs import DetectorOutput, RegionOutput, Size
+from autodet.distill.terms import term_loss
 from autodet.distill.values import Value
 
 LABELS = ((3, "circle"), (5, "square"), (8, "triangle"))
@@ -118,3 +125,42 @@ def part(output: DetectorOutput, images: slice) -> DetectorOutput:
 def sides(pairs: Sequence[tuple[Value, Value]]) -> tuple[list[Value], list[Value]]:
     """The student's values and the teacher's."""
     return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+
+
+def loss_of(name: str, student: DetectorOutput, teacher: DetectorOutput, distance: str = "") -> Tensor:
+    """An input's unweighted loss; ``giou`` on boxes and ``l1`` elsewhere unless a distance is named."""
+    distance = distance or ("giou" if INPUTS[name].kind.boxes else "l1")
+    return term_loss(Formula.parse(f"{name}: {distance}").terms[0], *sides(INPUTS[name].pairs(student, teacher)))
+
+
+def tiny_batch(sizes: Sequence[Size] = ((64, 96), (64, 96), (64, 96))) -> Batch:
+    """Noise of some sizes, with two objects each."""
+    generator = torch.Generator().manual_seed(3)
+    pictures = [torch.rand(3, *size, generator=generator) for size in sizes]
+    labels = torch.ones(2, dtype=torch.long)
+    targets = [{"boxes": random_boxes(2, size, generator), "labels": labels} for size in sizes]
+    return Batch(None, pictures, targets)  # type: ignore[arg-type]  # no key: nothing is kept
+
+
+def regions_of(output: DetectorOutput) -> RegionOutput:
+    assert output.regions is not None
+    return output.regions
+
+
+def counted_steps(monkeypatch: pytest.MonkeyPatch, detector: Detector) -> Counter[str]:
+    """Counts the calls of a detector's steps from now on."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return step(*arguments)
+
+        return call
+
+    for name in ("preprocess", "features", "dense", "boxes", "proposals", "regions", "region_corners"):
+        monkeypatch.setattr(detector, name, counting(name, getattr(detector, name)))
+    return calls
+
+
+RCNN, RETINANET, FCOS = (spec_of(family) for family in ("faster_rcnn", "retinanet", "fcos"))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from distill_outputs import answer as random_answer
-from distill_outputs import leaves, part, spec_of
+from distill_outputs import counted_steps, leaves, part, spec_of
 from torch import nn
 
 from autodet.data import Loader
-from autodet.detectors import Detector, DetectorSpec, build, load_detector
+from autodet.detectors import DetectorSpec, build, load_detector
 from autodet.distill import PUBLISHED, Distiller, Formula, Teacher
 from autodet.distill.distiller import NORMALISING_STEPS
 from autodet.distill.inputs import INPUTS, Pairs
@@ -205,14 +203,19 @@ def test_a_batch_without_objects_leaves_out_what_compares_objects() -> None:
     ],
 )
 def test_student_and_teacher_run_once_a_step_and_only_as_far_as_needed(
-    tiny_spec: DetectorSpec, teacher_file: Path, tiny_loader: Loader, text: str, once: set[str]
+    tiny_spec: DetectorSpec,
+    teacher_file: Path,
+    tiny_loader: Loader,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    once: set[str],
 ) -> None:
     """Trap 7. The student trains, so it runs all its steps, and its second stage again for the shared proposals."""
     student, teacher = build(tiny_spec), load_detector(teacher_file)[0]
     formula = Formula.parse(text)
     extra = Distillation(Distiller(formula, tiny_spec, teacher.spec), Teacher(teacher, INPUTS), student)
     trainer = Trainer(student, tiny_loader, TrainSettings(epochs=1, batch_size=4), seed=0, extra=extra)
-    ours, theirs = counted(student), counted(teacher)
+    ours, theirs = counted_steps(monkeypatch, student), counted_steps(monkeypatch, teacher)
     next(iter(trainer.epochs()))
     steps = trainer.steps_per_epoch
     assert theirs == dict.fromkeys(once, steps)
@@ -220,22 +223,6 @@ def test_student_and_teacher_run_once_a_step_and_only_as_far_as_needed(
     needed = dict.fromkeys(("preprocess", "features", "dense"), steps) | {"regions": steps + again}
     assert {name: count for name, count in ours.items() if name in needed} == needed
     assert ours["boxes"] == steps * ("boxes" in once) and ours["region_corners"] == again
-
-
-def counted(detector: Detector) -> Counter[str]:
-    """Counts the calls of a detector's steps from now on."""
-    calls: Counter[str] = Counter()
-
-    def counting(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            calls[name] += 1
-            return step(*arguments)
-
-        return call
-
-    for name in ("preprocess", "features", "dense", "boxes", "proposals", "regions", "region_corners"):
-        setattr(detector, name, counting(name, getattr(detector, name)))
-    return calls
 
 
 def test_a_generator_decides_the_masks() -> None:

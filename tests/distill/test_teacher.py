@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from distill_outputs import leaves, spec_of
+from distill_outputs import counted_steps, leaves, spec_of
 from torch import Tensor
 
 from autodet.data import Batch, Loader
-from autodet.detectors import Detector, DetectorSpec, Features, Inputs, TwoStage, build, load_detector
+from autodet.detectors import DetectorSpec, Features, Inputs, TwoStage, build, load_detector
 from autodet.distill import Teacher
 from autodet.distill import teacher as teacher_module
 from autodet.distill.inputs import INPUTS, comparable_inputs, parts_of
@@ -44,22 +43,6 @@ def assert_same(found: DetectorOutput, expected: DetectorOutput) -> None:
     assert (found.spec, found.canvas, found.sizes) == (expected.spec, expected.canvas, expected.sizes)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name].float(), value.float(), rtol=2**-11, atol=2**-24, msg=name)
-
-
-def spied(monkeypatch: pytest.MonkeyPatch, detector: Detector) -> Counter[str]:
-    """Counts the calls of a detector's steps."""
-    calls: Counter[str] = Counter()
-
-    def counting(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            calls[name] += 1
-            return step(*arguments)
-
-        return call
-
-    for name in ("preprocess", "features", "dense", "boxes", "proposals", "regions", "region_corners"):
-        monkeypatch.setattr(detector, name, counting(name, getattr(detector, name)))
-    return calls
 
 
 def test_a_cached_answer_equals_a_computed_one(detector: TwoStage, tiny_batch: Batch, tmp_path: Path) -> None:
@@ -122,7 +105,7 @@ def test_without_a_cache_only_the_needed_steps_run_once(
     asked: Iterable[str],
     steps: set[str],
 ) -> None:
-    calls = spied(monkeypatch, detector)
+    calls = counted_steps(monkeypatch, detector)
     Teacher(detector, asked)(tiny_batch)
     assert calls == dict.fromkeys(steps, 1)
 
@@ -132,7 +115,7 @@ def test_two_teachers_share_their_files(
 ) -> None:
     first = Teacher(detector, ("global",), tmp_path)(tiny_batch)
     other, _ = load_detector(teacher_file)
-    calls = spied(monkeypatch, other)
+    calls = counted_steps(monkeypatch, other)
     assert_same(Teacher(other, ("global",), tmp_path)(tiny_batch), first)
     assert calls == {}
 

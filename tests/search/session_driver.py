@@ -1,12 +1,14 @@
-"""Drives a session without Ray: trains candidates by a stand-in, some of which fail or are stopped."""
+"""Drives searches without Ray: trains candidates by a stand-in, some of which fail or are stopped, or replays them."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from search_objective import INPUTS, curve
 
-from autodet.search import Ask, Breeding, DivideAndConquer, DivideSettings, Rules, Session, StopRule
+from autodet.records import Event
+from autodet.search import Ask, AskTell, Breeding, DivideAndConquer, DivideSettings, Rules, Session, StopRule
 
 EPOCHS = 3
 
@@ -43,3 +45,15 @@ def _train(session: Session, ask: Ask, pause: float) -> None:
         session.tell(ask.id, {"status": "failed", "ap": None, "cause": "diverged"})
     else:
         session.tell(ask.id, {"status": "completed", "ap": values[-1], "epochs": EPOCHS})
+
+
+def follow(search: AskTell, events: Sequence[Event]) -> None:
+    """Ask, report and tell as recorded, and require the same answers."""
+    for event in events:
+        if event.kind == "asked":
+            assert search.ask() == Ask.from_payload(event.id, event.payload)
+        elif event.kind == "reported":
+            stopped = search.report(event.id, event.payload["epoch"], event.payload["ap"])
+            assert stopped == (event.payload["verdict"] == "stop")
+        else:
+            search.tell(event.id, event.payload["ap"], event.payload["status"])

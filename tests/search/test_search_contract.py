@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from search_objective import INPUTS, curve, noisy_ap
+from session_driver import follow
 
 from autodet.distill.formula import Formula
 from autodet.records import Event
@@ -22,7 +23,6 @@ from autodet.search import (
     DivideSettings,
     FixedList,
     Rules,
-    Search,
     StopRule,
     flat_evolution,
     random_search,
@@ -62,19 +62,6 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 def asks(events: Sequence[Event]) -> list[Ask]:
     return [Ask.from_payload(e.id, e.payload) for e in events if e.kind == "asked"]
-
-
-def follow(search: Search, events: Sequence[Event]) -> None:
-    """Ask, report and tell as recorded, and require the same answers."""
-    for event in events:
-        if event.kind == "asked":
-            assert search.ask() == Ask.from_payload(event.id, event.payload)
-        elif event.kind == "reported":
-            assert search.report(event.id, event.payload["epoch"], event.payload["ap"]) == (
-                event.payload["verdict"] == "stop"
-            )
-        else:
-            search.tell(event.id, event.payload["ap"], event.payload["status"])
 
 
 @pytest.mark.parametrize("workers", [1, 3, 30])

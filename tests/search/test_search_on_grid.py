@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from search_tables import SMALL, made_table
+from session_driver import follow
 
 from autodet.distill.formula import Formula
 from autodet.records import Event
@@ -98,15 +99,6 @@ def test_rebuilt_from_its_events_it_goes_on_as_before(make: Make, table: Table, 
         search = make(3, table, STOPPING)
         rebuild(search, events[:cut])
         follow(search, events[cut:])
-
-
-def follow(search: AskTell, events: list[Event]) -> None:
-    """Ask, report and tell as recorded, and require the same asks."""
-    for event in events:
-        if event.kind == "asked":
-            assert search.ask() == Ask.from_payload(event.id, event.payload)
-        else:
-            rebuild(search, [event])
 
 
 def test_it_survives_pickling(make: Make, table: Table) -> None:

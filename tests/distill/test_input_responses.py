@@ -1,0 +1,153 @@
+"""What the ``logits`` and ``localization`` inputs compare, against independent computations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from distill_outputs import (
+    FCOS,
+    PROPOSED,
+    RCNN,
+    RETINANET,
+    answer,
+    loss_of,
+    spec_of,
+    tiny_batch,
+)
+
+from autodet.detectors import build
+from autodet.detectors.spec import FAMILIES
+from autodet.distill.inputs import (
+    INPUTS,
+)
+from autodet.distill.outputs import output_of
+
+LEVELS = (8, 16, 32, 64)
+
+
+# Logits. ---
+
+
+def test_logits_of_the_same_anchors_and_classes_are_compared_one_by_one() -> None:
+    for spec in (RCNN, RETINANET, FCOS):
+        student, teacher = answer(spec, 1), answer(spec, 2)
+        assert student.logits is not None and teacher.logits is not None
+        pairs = INPUTS["logits.dense"].pairs(student, teacher)
+        assert len(pairs) == len(spec.levels)
+        for stride, pair in zip(spec.levels, pairs, strict=True):
+            for value, side in zip(pair, (student.logits, teacher.logits), strict=True):
+                images, anchors, classes, height, width = side[stride].shape
+                assert torch.equal(value.data, side[stride].reshape(images, anchors * classes, height, width))
+
+
+def test_of_other_anchors_the_strongest_is_compared_class_by_class() -> None:
+    student, teacher = answer(FCOS, 1), answer(RETINANET, 2)
+    assert student.logits is not None and teacher.logits is not None
+    for stride, (ours, theirs) in zip(FCOS.levels, INPUTS["logits.dense"].pairs(student, teacher), strict=True):
+        assert torch.equal(ours.data, student.logits[stride][:, 0])
+        strongest = teacher.logits[stride][:, 0]
+        for anchor in range(1, RETINANET.anchors_per_location):
+            strongest = torch.maximum(strongest, teacher.logits[stride][:, anchor])
+        assert theirs.data.shape == (4, 4, *teacher.logits[stride].shape[3:])
+        assert torch.equal(theirs.data, strongest)
+
+
+def test_objectness_is_compared_with_the_strongest_class_of_the_strongest_anchor() -> None:
+    student, teacher = answer(RCNN, 1), answer(RETINANET, 2)
+    assert student.logits is not None and teacher.logits is not None
+    pairs = INPUTS["logits.dense"].pairs(student, teacher)
+    assert len(pairs) == len(LEVELS)  # the student has no level of stride 128
+    for stride, (ours, theirs) in zip(LEVELS, pairs, strict=True):
+        assert torch.equal(ours.data[:, 0], student.logits[stride].max(1).values[:, 0])
+        assert torch.equal(theirs.data[:, 0], teacher.logits[stride].flatten(1, 2).max(1).values)
+
+
+def test_class_logits_of_regions_weigh_images_alike() -> None:
+    student, teacher = answer(RCNN, 1), answer(RCNN, 2)
+    assert student.regions is not None and teacher.regions is not None
+    gaps = torch.split((student.regions.class_logits - teacher.regions.class_logits).abs(), list(PROPOSED))
+    expected = torch.stack([gap.mean() if len(gap) else gap.new_zeros(()) for gap in gaps]).mean()
+    torch.testing.assert_close(loss_of("logits.roi", student, teacher), expected)
+
+
+# Boxes. ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boxes_are_the_detectors_own_in_strides_from_the_location(family: str) -> None:
+    torch.manual_seed(0)
+    detector = build(spec_of(family))
+    detector.model.eval()
+    batch = tiny_batch()
+    with torch.no_grad():
+        inputs = detector.preprocess(batch.images)
+        features = detector.features(inputs)
+        dense = detector.dense(inputs, features)
+        output = output_of(detector, batch, inputs, features, dense)
+        own = detector.boxes(dense)
+    assert output.corners is not None and output.logits is not None
+    anchors, start = torch.stack(dense.anchors), 0
+    for stride, corners in output.corners.items():
+        images, count, _, height, width = corners.shape
+        assert output.logits[stride].shape[:2] == (images, count)
+        for y, x, anchor in itertools.product(range(height), range(width), range(count)):
+            row = start + (y * width + x) * count + anchor  # torchvision's order
+            centre = (anchors[:, row, :2] + anchors[:, row, 2:]) / 2
+            boxes = corners[:, anchor, :, y, x] * stride + torch.cat([centre, centre], dim=1)
+            torch.testing.assert_close(boxes, own[:, row], rtol=1e-4, atol=1e-3)
+            flat = dense.logits[stride].view(images, count, -1, height, width)
+            assert torch.equal(output.logits[stride][:, anchor, :, y, x], flat[:, anchor, :, y, x])
+        start += height * width * count
+    assert start == own.shape[1]
+
+
+def test_dense_boxes_weigh_as_the_teachers_chance_of_an_object() -> None:
+    student, teacher = answer(RETINANET, 1), answer(RETINANET, 2)
+    assert student.corners is not None and teacher.corners is not None and teacher.logits is not None
+    ((ours, theirs),) = INPUTS["localization.dense"].pairs(student, teacher)
+    torch.testing.assert_close(ours.weights.view(4, -1).sum(1), torch.full((4,), 1 / 4))
+    total = torch.zeros(4)
+    weighted = torch.zeros(4)
+    for stride in RETINANET.levels:
+        gap = (student.corners[stride] - teacher.corners[stride]).abs().mean(2)
+        chance = teacher.logits[stride].max(2).values.sigmoid()
+        weighted = weighted + (gap * chance).sum((1, 2, 3))
+        total = total + chance.sum((1, 2, 3))
+    torch.testing.assert_close(loss_of("localization.dense", student, teacher, "l1"), (weighted / total).mean())
+    assert not ours.weights.requires_grad and theirs.data.shape == ours.data.shape
+
+
+def test_of_other_anchors_the_strongest_stands_for_its_location() -> None:
+    student, teacher = answer(FCOS, 1, counts=(1,)), answer(RETINANET, 2, counts=(1,))
+    assert student.corners is not None and teacher.corners is not None and teacher.logits is not None
+    ((ours, theirs),) = INPUTS["localization.dense"].pairs(student, teacher)
+    rows, expected = [], []
+    for stride in FCOS.levels:
+        height, width = student.corners[stride].shape[3:]
+        for y, x in itertools.product(range(height), range(width)):
+            best = int(teacher.logits[stride][0, :, :, y, x].max(1).values.argmax())
+            rows.append((student.corners[stride][0, 0, :, y, x], teacher.corners[stride][0, best, :, y, x]))
+            expected.append(teacher.logits[stride][0, :, :, y, x].max().sigmoid())
+    torch.testing.assert_close(ours.data, torch.stack([row for row, _ in rows]))
+    torch.testing.assert_close(theirs.data, torch.stack([row for _, row in rows]))
+    chances = torch.stack(expected)
+    torch.testing.assert_close(ours.weights, chances / chances.sum())
+
+
+def test_region_boxes_are_of_the_class_that_the_teacher_finds_likeliest() -> None:
+    student, teacher = answer(RCNN, 1), answer(RCNN, 2)
+    assert student.regions is not None and teacher.regions is not None
+    ((ours, theirs),) = INPUTS["localization.roi"].pairs(student, teacher)
+    row = 0
+    for count in PROPOSED:
+        chances = teacher.regions.class_logits[row : row + count].detach().softmax(1)
+        objects = 1 - chances[:, 0]
+        for index in range(count):
+            label = max(range(1, 4), key=lambda k: float(chances[index, k]))
+            assert torch.equal(ours.data[row + index], student.regions.corners[row + index, label])
+            assert torch.equal(theirs.data[row + index], teacher.regions.corners[row + index, label])
+            torch.testing.assert_close(ours.weights[row + index], objects[index] / objects.sum() / len(PROPOSED))
+        row += count
+    assert row == len(ours.data)

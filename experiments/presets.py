@@ -127,12 +127,11 @@ def gpu(family: str, teacher_family: str) -> Preset:
 
 def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, sampling: int = 2) -> DetectorSpec:
     """A detector for small images: a pyramid from stride 8; anchors and proposals that fit the shorter side."""
-    scale = pixels / 192
     one_stage: dict[str, Any] = {"levels": (8, 16, 32, 64, 128), "top": "neck", "head_depth": 2, "candidates": 300}
     values: dict[str, dict[str, Any]] = {
         "faster_rcnn": {
             "levels": (8, 16, 32, 64),
-            "anchor_sizes": tuple(round(size * scale) for size in (16, 36, 80, 170)),
+            "anchor_sizes": (16, 36, 80, 170),
             "head_width": head,
             "roi_size": 5,
             "roi_sampling": sampling,
@@ -142,27 +141,28 @@ def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, 
         },
         "retinanet": one_stage
         | {
-            "anchor_sizes": tuple(round(size * scale) for size in (16, 36, 80, 130, 170)),
+            "anchor_sizes": (16, 36, 80, 130, 170),
             "head_groups": 8,
             "box_loss": "giou",
         },
         "fcos": one_stage
         | {
-            "anchor_sizes": tuple(max(1, round(size * scale)) for size in (4, 8, 16, 32, 64)),
+            "anchor_sizes": (4, 8, 16, 32, 64),
             "anchor_ratios": (1.0,),
             "head_groups": 8,
             "nms_threshold": 0.6,
         },
     }
-    return DetectorSpec(
+    at_192 = DetectorSpec(
         family=family,
         body=Arch.parse(body),
         labels=((1, "object"),),  # replaced by the data's
         neck_width=neck,
-        min_size=pixels,
-        max_size=pixels * 4 // 3,
+        min_size=192,
+        max_size=256,
         **values[family],
     )
+    return at_192.at_size(pixels)
 
 
 def standard(family: str, body: Arch) -> DetectorSpec:

@@ -22,6 +22,7 @@ ROOMS = (
     "evaluation",
     "distill",
     "training",
+    "teachers",
     "search",
     "runtime",
 )

@@ -222,7 +222,7 @@ def _positive(value: object) -> bool:
     return type(value) is int and value >= 1
 
 
-def _default_inner(block: BlockKind, width: int) -> int | None:
+def default_inner(block: BlockKind, width: int) -> int | None:
     """The inner width that the text leaves out; None where a bottleneck's width has no quarter."""
     if block == "basic":
         return width
@@ -233,7 +233,7 @@ def _stage_text(block: BlockKind, stage: Stage) -> str:
     text = f"{stage.width}x{stage.depth}"
     if len(set(stage.inner)) > 1:
         return f"{text}({','.join(map(str, stage.inner))})"
-    return text if stage.inner[0] == _default_inner(block, stage.width) else f"{text}({stage.inner[0]})"
+    return text if stage.inner[0] == default_inner(block, stage.width) else f"{text}({stage.inner[0]})"
 
 
 def _parse(reader: TextReader) -> Arch:
@@ -258,7 +258,7 @@ def _parse_stage(reader: TextReader, block: BlockKind) -> Stage:
     depth = reader.number("the stage's number of blocks")
     start = reader.position
     if not reader.skip("("):
-        inner = _default_inner(block, width)
+        inner = default_inner(block, width)
         if inner is None:
             reader.fail(f"'(' and the inner width, as {width} is not divisible by {BOTTLENECK_RATIO}")
         return Stage(width, (inner,) * depth)
@@ -274,7 +274,7 @@ def _parse_stage(reader: TextReader, block: BlockKind) -> Stage:
 def _scaled_stage(arch: Arch, stage: Stage, factor: float) -> Stage:
     width = _rounded(stage.width * factor, WIDTH_STEP)
     step = arch.groups if arch.groups > 1 else WIDTH_STEP
-    old, new = _default_inner(arch.block, stage.width), _default_inner(arch.block, width)
+    old, new = default_inner(arch.block, stage.width), default_inner(arch.block, width)
     inner = [
         new if value == old and new is not None and new % arch.groups == 0 else _rounded(value * factor, step)
         for value in stage.inner

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autodet.atomic import atomic_write_bytes
 from autodet.data import Batch
-from autodet.detectors import Detector, TwoStage
+from autodet.detectors import Dense, Detector, Features, Inputs, TwoStage
 from autodet.detectors.weights import weights_hash
 from autodet.distill.inputs import parts_of
 from autodet.distill.outputs import PARTS, DetectorOutput, RegionOutput, output_of, resized_boxes
@@ -76,13 +76,7 @@ class Teacher:
             inputs = detector.preprocess([image.to(device) for image in batch.images])
             features = detector.features(inputs)
             dense = detector.dense(inputs, features) if parts - {"features"} else None
-            proposals = None
-            if dense is not None and "regions" in parts:
-                assert isinstance(detector, TwoStage)
-                best = [boxes[:PROPOSALS] for boxes in detector.proposals(inputs, dense)]
-                proposals = resized_boxes(best, inputs.images.image_sizes, inputs.sizes)  # a student may see another
-            answer = output_of(detector, batch, inputs, features, dense if "dense" in parts else None, proposals)
-        return answer if "features" in parts else replace(answer, features={})
+            return answer_of(detector, batch, inputs, features, dense, parts)
 
     def _unpack(self, path: Path, batch: Batch) -> DetectorOutput:
         """Only the tensors that are needed are read from the file; the ground truth is the batch's."""
@@ -102,6 +96,19 @@ class Teacher:
 
     def _key(self, batch: Batch) -> str:
         return hashlib.sha256(json.dumps([*self._identity, str(batch.key)]).encode()).hexdigest()[:32]
+
+
+def answer_of(
+    detector: Detector, batch: Batch, inputs: Inputs, features: Features, dense: Dense | None, parts: frozenset[str]
+) -> DetectorOutput:
+    """A teacher's answer from its steps' values: the ``outputs.PARTS`` asked for, regions on its best proposals."""
+    proposals = None
+    if dense is not None and "regions" in parts:
+        assert isinstance(detector, TwoStage)
+        best = [boxes[:PROPOSALS] for boxes in detector.proposals(inputs, dense)]
+        proposals = resized_boxes(best, inputs.images.image_sizes, inputs.sizes)  # a student may see another size
+    answer = output_of(detector, batch, inputs, features, dense if "dense" in parts else None, proposals)
+    return answer if "features" in parts else replace(answer, features={})
 
 
 def _pack(answer: DetectorOutput) -> dict[str, Tensor]:

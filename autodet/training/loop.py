@@ -59,7 +59,7 @@ class Epoch:
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Adds the time since the last tick to a named part."""
 
     parts: dict[str, float] = field(
@@ -121,7 +121,7 @@ class Trainer:
 
     def _train_epoch(self) -> Epoch:
         self.detector.model.train()
-        clock, totals, images = _Clock(), dict[str, Tensor](), 0
+        clock, totals, images = Clock(), dict[str, Tensor](), 0
         for index, batch in enumerate(self.loader.batches(self.epoch)):
             clock.tick("data")
             step = self.epoch * self.steps_per_epoch + index
@@ -133,12 +133,25 @@ class Trainer:
         means = {name: float(total) / images for name, total in totals.items()}
         return Epoch(self.epoch + 1, means, images, clock.parts)
 
-    def _step(self, step: int, batch: Batch, clock: _Clock) -> dict[str, Tensor]:
-        torch.manual_seed(_mix(self.seed, step))
+    def _step(self, step: int, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        torch.manual_seed(step_seed(self.seed, step))
         rate = self.settings.rate(step, self.settings.epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         clock.tick("other")
+        losses = self._accumulate(step, batch, clock)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm, foreach=True)
+        if not torch.isfinite(norm):
+            raise Diverged(f"The gradient's norm is {float(norm)} at step {step}. Lower the rate or weight.")
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.detector.model)
+        clock.tick("step")
+        return losses
+
+    def _accumulate(self, step: int, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """Leave a step's gradient in the parameters and return its losses."""
         with self._autocast():
             losses = self._losses(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -151,26 +164,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         clock.tick("backward")
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm, foreach=True)
-        if not torch.isfinite(norm):
-            raise Diverged(f"The gradient's norm is {float(norm)} at step {step}. Lower the rate or weight.")
-        self.optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.detector.model)
-        clock.tick("step")
         return losses
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        images = [image.to(self.device, non_blocking=True) for image in batch.images]
-        targets = [{key: value.to(self.device) for key, value in target.items()} for target in batch.targets]
-        inputs = self.detector.preprocess(images, targets)
-        if self.settings.channels_last:
-            inputs.images.tensors = inputs.images.tensors.contiguous(memory_format=torch.channels_last)
+        inputs = self._preprocessed(self.detector, batch)
         features = self.detector.features(inputs)
         dense = self.detector.dense(inputs, features)
         losses = self.detector.losses(inputs, features, dense)
         return losses | self.extra(batch, inputs, features, dense) if self.extra else losses
+
+    def _preprocessed(self, detector: Detector, batch: Batch) -> Inputs:
+        images = [image.to(self.device, non_blocking=True) for image in batch.images]
+        targets = [{key: value.to(self.device) for key, value in target.items()} for target in batch.targets]
+        inputs = detector.preprocess(images, targets)
+        if self.settings.channels_last:
+            inputs.images.tensors = inputs.images.tensors.contiguous(memory_format=torch.channels_last)
+        return inputs
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.settings.precision == "bf16":
@@ -223,7 +232,7 @@ def _averaged(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
-def _mix(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
     """One generator seed from two numbers, far apart for neighbouring steps (splitmix64's constants)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
     return (mixed ^ (mixed >> 31)) & (2**63 - 1)

@@ -1,0 +1,63 @@
+"""Putting the channels that matter first, without changing what the detector computes.
+
+Members keep the first channels of each group, so before the widths open, the largest member's channels are sorted by
+importance (the L1 norm of the weights that make a channel; Joint-DetNAS and OFA sort once as well).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autodet.detectors import DetectorSpec
+from autodet.detectors.channels import Groups, channel_groups, norm_after, producers, select
+
+
+def channel_importance(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[str, Tensor]:
+    """Group of channels → how much each channel matters, a vector of numbers ≥ 0.
+
+    The L1 norm of a channel's filter, times the scale of the norm after it over the norm's standard deviation, since a
+    norm makes the filter's own size meaningless; summed over all convolutions whose outputs are added up [ours].
+    """
+    found = {}
+    for group, convolutions in producers(channel_groups(spec)).items():
+        found[group] = torch.stack([_filter_sizes(state, name, spec.norm_eps) for name in convolutions]).sum(0)
+    return found
+
+
+def importance_order(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[str, Tensor]:
+    """Group of channels → channel numbers, most important first; equal ones keep their order."""
+    importance = channel_importance(state, spec)
+    return {group: values.argsort(descending=True, stable=True) for group, values in importance.items()}
+
+
+def sort_channels(
+    model: nn.Module, spec: DetectorSpec, optimizer: torch.optim.Optimizer | None = None, *copies: nn.Module
+) -> None:
+    """Put a detector's channels in the order of importance, in place; its outputs stay the same.
+
+    The optimiser's moments move with their weights, as do the weights of ``copies``, such as averaged ones.
+    """
+    groups = channel_groups(spec)
+    order = importance_order(model.state_dict(), spec)
+    for parameter_of in (model, *copies):
+        for name, tensor in parameter_of.state_dict().items():
+            _reorder(tensor, groups.get(name, ()), order)
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for value in moments.values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                _reorder(value, groups.get(name, ()), order)
+
+
+def _reorder(tensor: Tensor, groups: Groups, order: Mapping[str, Tensor]) -> None:
+    if any(group in order for group in groups):
+        tensor.copy_(select(tensor, groups, order))
+
+
+def _filter_sizes(state: Mapping[str, Tensor], name: str, eps: float) -> Tensor:
+    norm = norm_after(name.removesuffix(".weight"))
+    scale = state[f"{norm}.weight"].abs() / (state[f"{norm}.running_var"] + eps).sqrt()
+    return state[name].abs().sum((1, 2, 3)) * scale

@@ -1,0 +1,43 @@
+"""Norm statistics of a member: measured on images, since those of the shared weights belong to no member."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from autodet.data import Batch
+from autodet.detectors import Detector
+
+
+def recalibrate(detector: Detector, batches: Iterable[Batch], images: int) -> None:
+    """Replace the body's running means and variances by averages over the batches of (at least) ``images`` images.
+
+    Deterministic; every batch weighs alike. Modes and weights stay as they are. (Yu & Huang 2019, post-statistics.)
+    """
+    device = next(detector.model.parameters()).device
+
+    def tensors() -> Iterator[Tensor]:
+        seen = 0
+        for batch in batches:
+            yield detector.preprocess([image.to(device) for image in batch.images]).images.tensors
+            seen += len(batch.images)
+            if seen >= images:
+                return
+
+    backbone = detector.model.get_submodule("backbone")
+    with torch.no_grad():
+        update_bn(tensors(), backbone)
+
+
+def statistics_of(detector: Detector) -> dict[str, Tensor]:
+    """The norms' running means and variances, by their names in the plain model's state dict."""
+    return {
+        f"{prefix}.{name}": buffer
+        for prefix, module in detector.model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for name, buffer in module.named_buffers()
+        if name != "num_batches_tracked"
+    }

@@ -1,0 +1,238 @@
+"""Training a pool: steps of several members on shared weights, by one worker or many.
+
+A step is a list of units, each a member on a part of the batch. Units are dealt to the workers, which add up their
+gradients alone and then with one all-reduce: the sum over members of the mean over images. The list depends on the
+seed, the step and the settings, never on the workers, so any number of them gives the same pool.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from autodet.data import Batch, Loader
+from autodet.data.loader import BatchKey
+from autodet.detectors import Detector
+from autodet.distill.distiller import Distiller
+from autodet.distill.formula import Formula
+from autodet.distill.inputs import parts_of
+from autodet.distill.outputs import DetectorOutput, output_of
+from autodet.distill.teacher import answer_of
+from autodet.teachers.elastic import ElasticDetector
+from autodet.teachers.importance import sort_channels
+from autodet.teachers.schedule import Schedule, members_of_step
+from autodet.teachers.space import Member, PoolSpace
+from autodet.teachers.statistics import recalibrate
+from autodet.training.loop import Clock, Epoch, Trainer, step_seed
+from autodet.training.settings import TrainSettings
+
+SORTING_IMAGES = 128  # that the norm statistics are measured on before channels are sorted [ours]
+
+
+class Workers(Protocol):
+    """The processes that train one pool together."""
+
+    rank: int
+    count: int
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all workers, in place."""
+        ...
+
+    def merged(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name over all workers; a name need not be everywhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process that does everything."""
+
+    rank: int = 0
+    count: int = 1
+
+    def add_up(self, tensor: Tensor) -> None:
+        """The sum over one."""
+
+    def merged(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums over one."""
+        return dict(values)
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """How members are trained together, beside the recipe of ``TrainSettings``, whose epochs are the schedule's.
+
+    formula: what the largest member teaches the others in the same step, with plain weights. parts: into how many parts
+    a batch is split for each member; with as many parts as workers each worker runs all members on its part, with one
+    part each worker runs other members on the whole batch.
+    """
+
+    schedule: Schedule
+    formula: Formula
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.parts < 1:
+            raise ValueError(f"PoolSettings.parts is {self.parts}, expected at least 1.")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A member on a part of a batch (positions in it). share: of the batch's images, the weight of the unit's mean."""
+
+    member: Member
+    part: range
+    share: float
+    role: str  # largest, smallest or random
+
+
+class PoolTrainer(Trainer):
+    """``Trainer`` whose steps train several members. Checkpoints and seeds work as there.
+
+    Norm statistics are not tracked: each member's are measured when it is taken from the pool.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        space: PoolSpace,
+        loader: Loader,
+        settings: TrainSettings,
+        pool: PoolSettings,
+        seed: int,
+        workers: Workers | None = None,
+        checkpoint: Path | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if settings.epochs != pool.schedule.epochs:
+            raise ValueError(f"The recipe has {settings.epochs} epochs, the schedule {pool.schedule.epochs}.")
+        format_ = torch.channels_last if settings.channels_last else torch.contiguous_format
+        detector.model.to(device).to(memory_format=format_)
+        for module in detector.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0  # each worker sees other members: tracked statistics would differ
+        self.elastic = ElasticDetector(detector, space)
+        self.space, self.pool, self.workers = space, pool, workers or Alone()
+        self._distillers: dict[Member, Distiller] = {}
+        for size in space.sizes:
+            self._distiller(replace(space.smallest, size=size))  # a formula that is impossible is refused here
+        super().__init__(detector, loader, settings, seed, None, checkpoint, device)
+
+    def _train_epoch(self) -> Epoch:
+        if self.epoch == self.pool.schedule.sorted_at:
+            self._sort()
+        epoch = super()._train_epoch()
+        return Epoch(epoch.number, self.workers.merged(epoch.losses), epoch.images, epoch.seconds)
+
+    def units(self, step: int, key: BatchKey) -> list[Unit]:
+        """What a step trains, in the order in which it is dealt to the workers."""
+        phase = self.pool.schedule.phase_at(step // self.steps_per_epoch)
+        rng = random.Random(step_seed(self.seed, step))
+        count = len(key.indices)
+        edges = [round(count * part / self.pool.parts) for part in range(self.pool.parts + 1)]
+        parts = [range(low, high) for low, high in pairwise(edges) if high > low]
+        smallest = self.space.opened(phase.open).smallest
+        units = []
+        for member in members_of_step(self.space, phase, rng):
+            role = "largest" if member == self.space.largest else "smallest" if member == smallest else "random"
+            units += [Unit(member, part, len(part) / count, role) for part in parts]
+        return units
+
+    def _accumulate(self, step: int, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        self.elastic.gradient.zero_()
+        taught = _Taught(self)
+        sandwich = self.pool.schedule.phase_at(step // self.steps_per_epoch).sandwich
+        units = self.units(step, batch.key)
+        totals: dict[str, Tensor] = {}
+        for index, unit in enumerate(units):
+            if index % self.workers.count != self.workers.rank:
+                continue
+            torch.manual_seed(step_seed(step_seed(self.seed, step), index))
+            part = _part_of(batch, unit.part)
+            with self._autocast():
+                losses = self._unit_losses(unit, part, taught if sandwich else None)
+            total = torch.stack([loss.float() for loss in losses.values()]).sum() * unit.share
+            clock.tick("forward")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+                total.backward()  # type: ignore[no-untyped-call]
+            clock.tick("backward")
+            like = sum(other.role == unit.role and other.part == unit.part for other in units)
+            for name, loss in losses.items():
+                key = f"{unit.role}/{name}"
+                totals[key] = totals.get(key, torch.zeros((), device=self.device)) + loss.detach() * unit.share / like
+        self.workers.add_up(self.elastic.gradient)
+        clock.tick("step")
+        return totals
+
+    def _unit_losses(self, unit: Unit, part: Batch, taught: _Taught | None) -> dict[str, Tensor]:
+        detector = self.elastic.activate(unit.member)
+        inputs = self._preprocessed(detector, part)
+        features = detector.features(inputs)
+        dense = detector.dense(inputs, features)
+        losses = detector.losses(inputs, features, dense)
+        if taught is None or not self.pool.formula.terms:
+            return losses
+        if unit.member == self.space.largest:
+            with torch.no_grad():
+                taught.answers[unit.part] = answer_of(detector, part, inputs, features, dense, taught.parts)
+            return losses
+        theirs = taught(unit.part, part)
+        proposals = theirs.regions.proposals if theirs.regions is not None else None
+        ours = output_of(detector, part, inputs, features, dense if theirs.logits is not None else None, proposals)
+        return losses | dict(self._distiller(unit.member)(ours, theirs))
+
+    def _distiller(self, member: Member) -> Distiller:
+        if member not in self._distillers:
+            spec = self.elastic.spec_of(member)
+            distiller = Distiller(self.pool.formula, spec, self.elastic.detector.spec)
+            self._distillers[member] = distiller.to(self.elastic.gradient.device)
+        return self._distillers[member]
+
+    def _sort(self) -> None:
+        """Put channels in order of importance; every worker does the same and so none needs to be told."""
+        batches = self.loader.eval_batches(self.settings.batch_size)
+        recalibrate(self.detector, batches, SORTING_IMAGES)
+        copies = [self.averaged.module] if self.averaged is not None else []
+        sort_channels(self.detector.model, self.detector.spec, self.optimizer, *copies)
+
+
+class _Taught:
+    """The largest member's answers in one step, each computed once on a worker."""
+
+    def __init__(self, trainer: PoolTrainer) -> None:
+        self.trainer = trainer
+        self.parts = parts_of(term.input for term in trainer.pool.formula.terms)
+        self.answers: dict[range, DetectorOutput] = {}
+
+    def __call__(self, part: range, batch: Batch) -> DetectorOutput:
+        """The answer on a part of the batch; where another worker trains the largest member, a pass without gradient.
+
+        The model stays in training mode, so that both ways see the batch's own norm statistics and give the same.
+        """
+        if part not in self.answers:
+            trainer = self.trainer
+            with torch.no_grad():
+                inputs = trainer._preprocessed(trainer.detector, batch)
+                features = trainer.detector.features(inputs)
+                dense = trainer.detector.dense(inputs, features) if self.parts - {"features"} else None
+                self.answers[part] = answer_of(trainer.detector, batch, inputs, features, dense, self.parts)
+        return self.answers[part]
+
+
+def _part_of(batch: Batch, part: range) -> Batch:
+    """Some of a batch's images."""
+    if len(part) == len(batch.images):
+        return batch
+    chosen = slice(part.start, part.stop)
+    key = BatchKey(batch.key.indices[chosen], batch.key.flipped[chosen])
+    return Batch(key, batch.images[chosen], batch.targets[chosen])

@@ -1,0 +1,232 @@
+"""Training a pool: one worker or several give the same, resumed or not; and what each unit trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detector_cases import families, small_spec, stirred
+from pool_cases import space_of
+from torch import Tensor
+
+from autodet.data import BatchPlan, ImageCache, Loader, read_dataset
+from autodet.data.shapes import CATEGORY_IDS
+from autodet.detectors import build
+from autodet.detectors.spec import FAMILIES
+from autodet.distill.formula import Formula
+from autodet.teachers.importance import channel_importance
+from autodet.teachers.schedule import Schedule
+from autodet.teachers.statistics import recalibrate
+from autodet.teachers.trainer import Alone, PoolSettings, PoolTrainer, Workers
+from autodet.teachers.workers import DistributedWorkers
+from autodet.training import Trainer, TrainSettings
+from autodet.training.loop import Clock
+
+LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
+SPACE = space_of("tied")
+FORMULAS = {
+    "faster_rcnn": "global: l2; logits.dense: sigmoid | l2; logits.roi: softmax(c) | kl",
+    "retinanet": "global: l2; logits.dense: l2 * 0.1",
+    "fcos": "fg: l2; logits.dense: sigmoid | l1",
+}
+Make = Callable[..., PoolTrainer]
+
+
+@pytest.fixture(scope="module")
+def loader(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    """Eight images in batches of 3, so that an epoch ends with a smaller one."""
+    dataset = read_dataset(shapes_folder)["train"]
+    cache = ImageCache(dataset, 64, 96, tmp_path_factory.mktemp("pool-images"))
+    return Loader(cache, dataset, dict(zip(CATEGORY_IDS.values(), range(1, 6), strict=True)), BatchPlan(3, seed=0))
+
+
+@pytest.fixture
+def make(loader: Loader) -> Make:
+    def made(
+        family: str = "fcos",
+        workers: Workers | None = None,
+        parts: int = 1,
+        schedule: str = "1*largest > 1*sandwich(0.5, 2) > 1*sandwich(1, 2)",
+        formula: str | None = None,
+        checkpoint: Path | None = None,
+        ema: float = 0.0,
+    ) -> PoolTrainer:
+        torch.manual_seed(0)
+        detector = stirred(replace(small_spec(family, LABELS), body=SPACE.largest.body))
+        plan = Schedule.parse(schedule)
+        settings = TrainSettings(plan.epochs, batch_size=3, lr=1e-3, warmup=2, ema=ema)
+        chosen = Formula.parse(FORMULAS[family] if formula is None else formula)
+        return PoolTrainer(detector, SPACE, loader, settings, PoolSettings(plan, chosen, parts), 0, workers, checkpoint)
+
+    return made
+
+
+def weights(trainer: PoolTrainer) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.detector.model.named_parameters()}
+
+
+def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts: int) -> None:
+    """One process of a group: trains, and leaves its weights and reports in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=count)
+    trainer = make(family, DistributedWorkers(), parts)
+    losses = [dict(epoch.losses) for epoch in trainer.epochs()]
+    torch.save({"weights": weights(trainer), "losses": losses}, meeting / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "parts"),
+    [
+        *((family, 2, 1) for family in FAMILIES),
+        *((family, 3, 2) for family in FAMILIES),
+        ("fcos", 4, 1),
+        ("fcos", 2, 2),
+    ],
+)
+def test_workers_together_train_as_one_alone(family: str, count: int, parts: int, make: Make, tmp_path: Path) -> None:
+    """Members dealt to workers, parts of the batch dealt to workers, and numbers that do not divide."""
+    alone = make(family, None, parts)
+    reports = [epoch.losses for epoch in alone.epochs()]
+    context = mp.get_context("fork")
+    processes = [
+        context.Process(target=worker, args=(rank, count, tmp_path, make, family, parts)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    for rank in range(count):
+        saved = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, expected in weights(alone).items():
+            torch.testing.assert_close(saved["weights"][name], expected, rtol=0, atol=1e-5)
+        for ours, theirs in zip(saved["losses"], reports, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+class Half:
+    """One of two workers, of whom the other does nothing: what this one alone adds."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.count = rank, 2
+
+    def add_up(self, tensor: Tensor) -> None: ...
+
+    def merged(self, values: Mapping[str, float]) -> dict[str, float]:
+        return dict(values)
+
+
+def test_every_unit_is_trained_by_exactly_one_worker(make: Make) -> None:
+    first, second, alone = (make("fcos", workers) for workers in (Half(0), Half(1), Alone()))
+    for trainer in (first, second, alone):
+        trainer.epoch = 2
+        trainer.detector.model.train()
+        batch = trainer.loader.load(trainer.loader.keys(2)[0])
+        trainer._accumulate(2 * trainer.steps_per_epoch, batch, Clock())
+    both = first.elastic.gradient + second.elastic.gradient
+    torch.testing.assert_close(both, alone.elastic.gradient, rtol=1e-4, atol=1e-6)
+    assert float(first.elastic.gradient.norm()) > 0 and float(second.elastic.gradient.norm()) > 0
+
+
+@families
+def test_resumed_after_any_epoch_it_ends_with_the_same_pool(family: str, make: Make, tmp_path: Path) -> None:
+    whole = make(family, ema=0.9)
+    list(whole.epochs())
+    for stop in (1, 2):
+        path = tmp_path / family / f"{stop}.pt"
+        first = make(family, ema=0.9, checkpoint=path)
+        for _, _ in zip(range(stop + 1), first.epochs(), strict=False):
+            pass  # the checkpoint is written when the next epoch is asked for
+        resumed = make(family, ema=0.9, checkpoint=path)
+        assert resumed.epoch == stop
+        list(resumed.epochs())
+        assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
+        assert resumed.averaged is not None and whole.averaged is not None
+        ours, theirs = resumed.averaged.state_dict(), whole.averaged.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_largest_alone_trains_as_a_plain_detector(make: Make, loader: Loader) -> None:
+    """The first phase is ordinary training: the same losses and weights as ``Trainer``'s, up to its seeds."""
+    pool = make("retinanet", schedule="2*largest")
+    plain = copy.deepcopy(pool.detector)
+    reports = [epoch.losses for epoch in pool.epochs()]
+    assert {name.split("/")[0] for name in reports[0]} == {"largest"}
+    trainer = Trainer(plain, loader, pool.settings, seed=0)
+    for ours, theirs in zip(reports, trainer.epochs(), strict=True):  # RetinaNet's losses draw nothing
+        assert {name.split("/")[1]: value for name, value in ours.items()} == pytest.approx(theirs.losses, rel=1e-5)
+
+
+def test_units_split_a_batch_among_the_parts_and_name_their_roles(make: Make, loader: Loader) -> None:
+    trainer = make("fcos", parts=2)
+    key = loader.keys(2)[0]
+    units = trainer.units(2 * trainer.steps_per_epoch, key)
+    members = list(dict.fromkeys(unit.member for unit in units))
+    assert [unit.role for unit in units[:4]] == ["largest", "largest", "smallest", "smallest"]
+    assert {unit.role for unit in units[4:]} == {"random"} and len(units) == 2 * len(members)
+    for member in members:
+        own = [unit for unit in units if unit.member == member]
+        assert sum(unit.share for unit in own) == pytest.approx(1)
+        assert sorted(position for unit in own for position in unit.part) == list(range(len(key.indices)))
+    assert [u.member for u in trainer.units(0, key)] == [SPACE.largest] * 2
+
+
+def test_steps_draw_other_members_from_what_is_open(make: Make, loader: Loader) -> None:
+    trainer = make("fcos")
+    half = SPACE.opened(0.5)
+    seen = set()
+    for step in range(trainer.steps_per_epoch, 2 * trainer.steps_per_epoch):
+        seen |= {unit.member for unit in trainer.units(step, loader.keys(1)[0])}
+    assert all(half.why_outside(member) is None for member in seen) and len(seen) > 4
+    again = make("fcos").units(trainer.steps_per_epoch, loader.keys(1)[0])
+    assert again == trainer.units(trainer.steps_per_epoch, loader.keys(1)[0])
+
+
+def test_the_largest_teaches_the_others_and_not_itself(make: Make) -> None:
+    *_, last = make("fcos").epochs()
+    taught = {name.split("/")[0] for name in last.losses if "distill" in name}
+    assert taught == {"smallest", "random"}
+    *_, untaught = make("fcos", formula="none").epochs()
+    assert not [name for name in untaught.losses if "distill" in name]
+    *_, uniform = make("fcos", schedule="1*uniform(1, 3)").epochs()
+    assert not [name for name in uniform.losses if "distill" in name]
+
+
+def test_statistics_are_not_tracked_in_training(make: Make) -> None:
+    trainer = make("fcos", schedule="1*sandwich(1, 1)")
+    before = {name: buffer.clone() for name, buffer in trainer.detector.model.named_buffers() if buffer.dim()}
+    trainer.epoch = 0
+    trainer.detector.model.train()
+    trainer._accumulate(0, trainer.loader.load(trainer.loader.keys(0)[0]), Clock())
+    after = dict(trainer.detector.model.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_channels_are_sorted_once_before_the_widths_open(make: Make) -> None:
+    trainer = make("fcos")
+    reports = trainer.epochs()
+    next(reports)
+    recalibrate(trainer.detector, trainer.loader.eval_batches(3), 8)
+    before = channel_importance(trainer.detector.model.state_dict(), trainer.detector.spec)
+    assert any((values[:-1] < values[1:] * 0.999).any() for values in before.values())
+    trainer._sort()
+    after = channel_importance(trainer.detector.model.state_dict(), trainer.detector.spec)
+    assert all((values[:-1] >= values[1:] * 0.999).all() for values in after.values())
+
+
+def test_settings_that_do_not_fit_are_refused(make: Make, loader: Loader) -> None:
+    trainer = make("fcos")
+    detector = build(trainer.detector.spec)
+    with pytest.raises(ValueError, match="The recipe has 5 epochs, the schedule 3"):
+        PoolTrainer(detector, SPACE, loader, replace(trainer.settings, epochs=5), trainer.pool, 0)
+    with pytest.raises(ValueError, match=r"PoolSettings\.parts is 0"):
+        replace(trainer.pool, parts=0)
+    with pytest.raises(ValueError, match=r"'localization.dense: giou \* 1' is impossible .* other sizes"):
+        make("fcos", formula="localization.dense: giou")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from autodet.detectors import Detector, DetectorSpec, build, steps_of
@@ -39,11 +39,11 @@ class ElasticDetector:
             raise SpaceError("Members need norm statistics of their own, and frozen norms have none: use norm 'batch'.")
         self.detector, self.space = detector, space
         self._groups = channel_groups(spec)
-        self._shared = dict(detector.model.named_parameters())
-        sizes = [parameter.numel() for parameter in self._shared.values()]
-        first = next(iter(self._shared.values()))
-        self.gradient = torch.zeros(sum(sizes), device=first.device)
-        for parameter, part in zip(self._shared.values(), torch.split(self.gradient, sizes), strict=True):
+        parameters = dict(detector.model.named_parameters())
+        self._shared: dict[str, Tensor] = {**parameters, **dict(detector.model.named_buffers())}
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        self.gradient = torch.zeros(sum(sizes), device=next(iter(parameters.values())).device)
+        for parameter, part in zip(parameters.values(), torch.split(self.gradient, sizes), strict=True):
             parameter.grad = part.view(parameter.shape)
         self._active: OrderedDict[Member, Detector] = OrderedDict()
 
@@ -60,7 +60,7 @@ class ElasticDetector:
         if member == self.space.largest:
             return self.detector
         if member not in self._active:
-            self._active[member] = sliced(self.detector.model, self.spec_of(member), self._groups, _view)
+            self._active[member] = sliced(self._shared, self.spec_of(member), self._groups, _view)
             if len(self._active) > KEPT:
                 self._active.popitem(last=False)
         self._active.move_to_end(member)
@@ -70,7 +70,7 @@ class ElasticDetector:
 
     def extract(self, member: Member) -> Detector:
         """A plain detector of its own with the member's weights. Its norm statistics are slices: recalibrate them."""
-        return sliced(self.detector.model, self.spec_of(member), self._groups, _copy)
+        return sliced(self._shared, self.spec_of(member), self._groups, copied)
 
 
 def member_spec(largest: DetectorSpec, member: Member) -> DetectorSpec:
@@ -80,12 +80,12 @@ def member_spec(largest: DetectorSpec, member: Member) -> DetectorSpec:
 
 
 def sliced(
-    model: nn.Module,
-    spec: DetectorSpec,
-    groups: Mapping[str, Groups],
-    take: Callable[[nn.Parameter, tuple[slice, ...]], nn.Parameter],
+    shared: Mapping[str, Tensor], spec: DetectorSpec, groups: Mapping[str, Groups], take: Callable[..., nn.Parameter]
 ) -> Detector:
-    """A detector of ``spec`` whose parameters are taken from a larger model's; buffers are copies."""
+    """A detector of ``spec``, in evaluation mode, made of a larger one's tensors, by their names in its state dict.
+
+    take: a tensor and an index → the parameter. Buffers are copies.
+    """
     with torch.device("meta"):
         member = build(spec)
     for module in member.model.modules():
@@ -95,31 +95,28 @@ def sliced(
                 for sizes, ratios in zip(module.sizes, module.aspect_ratios, strict=True)
             ]
     counts = channel_counts(spec.body)
-    shared = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
     for prefix, module in member.model.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            whole = shared[dot + name]
-            index = first_channels(whole.shape, groups.get(dot + name, ()), counts)
-            assert whole[index].shape == parameter.shape, dot + name
-            setattr(module, name, take(whole, index))
-        for name, _ in module.named_buffers(recurse=False):
-            buffer = buffers[dot + name]
-            setattr(module, name, buffer[first_channels(buffer.shape, groups.get(dot + name, ()), counts)].clone())
-    return steps_of(member.model.train(model.training), spec)
+        for name, own in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            key = f"{prefix}.{name}" if prefix else name
+            index = first_channels(shared[key].shape, groups.get(key, ()), counts)
+            assert shared[key][index].shape == own.shape, key
+            parameter = isinstance(own, nn.Parameter)
+            setattr(module, name, take(shared[key], index) if parameter else shared[key][index].clone())
+    member.model.eval()
+    return steps_of(member.model, spec)
+
+
+def copied(whole: Tensor, index: tuple[slice, ...]) -> nn.Parameter:
+    """A parameter of its own."""
+    return nn.Parameter(whole.detach()[index].clone())
 
 
 def _view(whole: nn.Parameter, index: tuple[slice, ...]) -> nn.Parameter:
     """A parameter whose values and gradient are slices of a shared one's; the shared one where it is all of it."""
-    values = whole.data[index]
+    values = whole.detach()[index]
     if values.shape == whole.shape:
         return whole
     assert whole.grad is not None
     part = nn.Parameter(values, whole.requires_grad)
     part.grad = whole.grad[index]  # a backward pass adds to a gradient that is there, in place
     return part
-
-
-def _copy(whole: nn.Parameter, index: tuple[slice, ...]) -> nn.Parameter:
-    return nn.Parameter(whole.data[index].clone(), whole.requires_grad)

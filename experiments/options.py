@@ -24,8 +24,10 @@ INTERRUPTED = 130
 PATHS = ("data", "cache", "teacher", "run")
 
 
-def common_options(description: str, runs_ray: bool = True) -> argparse.ArgumentParser:
-    """The options that every script which trains has."""
+def common_options(
+    description: str, runs_ray: bool = True, workers: Callable[[str], Any] | None = None
+) -> argparse.ArgumentParser:
+    """The options that every script which trains has. workers: the type of --workers, a whole number unless given."""
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     add = parser.add_argument
     add("--output", type=Path, help="the run's folder (default: runs/<script>-<time>)")
@@ -33,7 +35,8 @@ def common_options(description: str, runs_ray: bool = True) -> argparse.Argument
     add("--seed", type=int, default=0, help="decides every random choice (default: 0)")
     if runs_ray:
         add("--address", default="local", help="'auto' inside a Ray cluster; 'local' (default) starts Ray here")
-        add("--workers", type=positive, help="trainings at a time (default: the preset's)")
+        number = "trainings at a time" if workers is None else "workers that train together, or MIN-MAX"
+        add("--workers", type=workers or positive, help=f"{number} (default: the preset's)")
     return parser
 
 

@@ -38,10 +38,14 @@ class PoolError(ValueError):
 
 @dataclass(frozen=True)
 class MemberRow:
-    """A member that was measured: AP (0–1) on ``split``, and what a detection costs."""
+    """A member that was measured: AP (0–1) on ``split``, and what a detection costs.
+
+    ap_before: with slices of the largest member's norm statistics in place of its own.
+    """
 
     member: Member
     ap: float
+    ap_before: float
     split: str
     cost: Cost
 
@@ -87,12 +91,13 @@ class TeacherPool:
         """A member's weights as a detector of its own, without norm statistics: ``take`` also measures these."""
         return sliced(self.state, self.spec_of(member), self._groups, copied)
 
-    def take(self, member: Member, loader: Loader, cache: Path | None = None) -> Detector:
+    def take(self, member: Member, loader: Loader, cache: Path | None = None, device: str = "cpu") -> Detector:
         """A member as a working detector, in evaluation mode; its norm statistics are measured on the loader's images.
 
         cache: a folder that keeps statistics by member and images, so that a member is had in a moment again.
         """
         detector = self.extract(member)
+        detector.model.to(device)
         images = min(RECALIBRATION_IMAGES, len(loader.dataset))
         key = [self.hash, str(member), loader.cache.path.name, loader.dataset.annotations_hash, images]
         path = None
@@ -184,4 +189,5 @@ def best_member(folder: Path, limits: Mapping[str, float]) -> Member:
 
 
 def _flat(row: MemberRow) -> dict[str, Any]:
-    return {"member": str(row.member), "ap": row.ap, "split": row.split, **row.cost.to_json()}
+    found = {"member": str(row.member), "ap": row.ap, "ap_before": row.ap_before, "split": row.split}
+    return found | row.cost.to_json()

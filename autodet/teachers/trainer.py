@@ -7,13 +7,14 @@ seed, the step and the settings, never on the workers, so any number of them giv
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 from autodet.data import Batch, Loader
 from autodet.data.loader import BatchKey
 from autodet.detectors import Detector
+from autodet.detectors.channels import channel_groups
 from autodet.distill.distiller import Distiller
 from autodet.distill.formula import Formula
 from autodet.distill.inputs import parts_of
 from autodet.distill.outputs import DetectorOutput, output_of
 from autodet.distill.teacher import answer_of
-from autodet.teachers.elastic import ElasticDetector
+from autodet.teachers.elastic import ElasticDetector, copied, sliced
 from autodet.teachers.importance import sort_channels
 from autodet.teachers.schedule import Schedule, members_of_step
 from autodet.teachers.space import Member, PoolSpace
@@ -122,6 +124,7 @@ class PoolTrainer(Trainer):
                 module.momentum = 0.0  # each worker sees other members: tracked statistics would differ
         self.elastic = ElasticDetector(detector, space)
         self.space, self.pool, self.workers = space, pool, workers or Alone()
+        self.history: list[dict[str, Any]] = []  # of the epochs done; in the checkpoint, so that none counts twice
         self._distillers: dict[Member, Distiller] = {}
         for size in space.sizes:
             self._distiller(replace(space.smallest, size=size))  # a formula that is impossible is refused here
@@ -132,6 +135,24 @@ class PoolTrainer(Trainer):
             self._sort()
         epoch = super()._train_epoch()
         return Epoch(epoch.number, self.workers.merged(epoch.losses), epoch.images, epoch.seconds)
+
+    def member(self, member: Member) -> Detector:
+        """A copy of a member with the weights to evaluate and keep, without norm statistics of its own."""
+        groups = channel_groups(self.detector.spec)
+        return sliced(self.model.state_dict(), self.elastic.spec_of(member), groups, copied)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: tensors and plain values."""
+        return super().state() | {"pool": self._identity(), "history": json.dumps(self.history)}
+
+    def restored(self, state: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this pool, and take over its history."""
+        if state.get("pool") != self._identity():
+            raise ValueError(f"The checkpoint is of another pool, {state.get('pool')}, not {self._identity()}.")
+        self.history = json.loads(state["history"])
+
+    def _identity(self) -> str:
+        return f"{self.space} | {self.pool.schedule} | {self.pool.formula} | {self.pool.parts}"
 
     def units(self, step: int, key: BatchKey) -> list[Unit]:
         """What a step trains, in the order in which it is dealt to the workers."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class Trainer:
         self.steps_per_epoch = len(loader.keys(0))
         self.epoch = 0
         if checkpoint is not None and checkpoint.exists():
-            self._load(checkpoint)
+            self.load(checkpoint)
 
     @property
     def model(self) -> nn.Module:
@@ -117,7 +117,7 @@ class Trainer:
             self.epoch += 1
             yield report
             if self.checkpoint is not None:
-                self._save(self.checkpoint)
+                self.save(self.checkpoint)
 
     def _train_epoch(self) -> Epoch:
         self.detector.model.train()
@@ -186,21 +186,24 @@ class Trainer:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def _save(self, path: Path) -> None:
-        save_checkpoint(
-            path,
-            {
-                "epoch": self.epoch,
-                "seed": self.seed,
-                "settings": self.settings.to_json(),
-                "model": self.detector.model.state_dict(),
-                "extra": self.extra.module.state_dict() if self.extra else {},
-                "optimizer": self.optimizer.state_dict(),
-                "averaged": self.averaged.state_dict() if self.averaged is not None else {},
-            },
-        )
+    def save(self, path: Path) -> None:
+        """Write all that a resumed training needs; an interrupted write leaves the former file in place."""
+        save_checkpoint(path, self.state())
 
-    def _load(self, path: Path) -> None:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: tensors and plain values."""
+        return {
+            "epoch": self.epoch,
+            "seed": self.seed,
+            "settings": self.settings.to_json(),
+            "model": self.detector.model.state_dict(),
+            "extra": self.extra.module.state_dict() if self.extra else {},
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged is not None else {},
+        }
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint; ValueError names the file where it is another training's or unreadable."""
         state = load_checkpoint(path, self.device)
         for name, ours in (("seed", self.seed), ("settings", self.settings.to_json())):
             if state.get(name) != ours:
@@ -217,6 +220,10 @@ class Trainer:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.epoch = int(state["epoch"])
+        self.restored(state)
+
+    def restored(self, state: dict[str, Any]) -> None:
+        """Called with a checkpoint's state once it has been taken over; for what a kind of training adds to it."""
 
 
 def _averaged(model: nn.Module, decay: float) -> AveragedModel:

@@ -228,7 +228,7 @@ def test_a_member_outside_is_refused(folder: Path) -> None:
 
 def test_the_table_finds_the_best_member_within_limits(folder: Path) -> None:
     def row(member: Member, ap: float, latency: float, macs: float) -> MemberRow:
-        return MemberRow(member, ap, "val", Cost(latency, latency, "cpu", 1, 1, macs, macs))
+        return MemberRow(member, ap, ap / 2, "val", Cost(latency, latency, "cpu", 1, 1, macs, macs))
 
     small, middle = SPACE.smallest, replace(SPACE.smallest, size=64)
     with pytest.raises(PoolError, match=r"has no members\.csv"):

@@ -1,0 +1,114 @@
+"""A pool's training on Ray Train: the workers' loop, and ``train_pool``, which runs it to its end."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import train
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.metrics import Gauge
+
+from autodet.atomic import atomic_write_bytes
+from autodet.teachers.task import PoolBench, PoolTask
+from autodet.teachers.trainer import PoolTrainer
+from autodet.teachers.workers import DistributedWorkers
+
+CHECKPOINT = "checkpoint.pt"
+PROGRESS = "progress.jsonl"  # in the run's folder: a line an epoch, rewritten from the history, so that none is twice
+WORKER_FAILURES = 8  # lost workers or machines after which the run stops; it goes on with --resume
+RESIZE_SECONDS = 5.0  # between looks for machines that joined
+TRAIN_FOLDER = "train"  # Ray Train's own files in the run's folder, from which a resumed run goes on
+Workers = int | tuple[int, int]  # a fixed number, or the least and the most
+
+
+def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_worker: float = 0.0) -> Path:
+    """Train a pool on Ray Train workers, and return its last checkpoint's file. Ray must be running.
+
+    A run folder that holds a training goes on from its last checkpoint, with any number of workers. Lost workers and
+    machines are replaced, or done without where ``workers`` is a pair (elastic). On several machines the folder must be
+    on storage that all share. Raises what a worker raised (``Diverged``, a full disk) as Ray's TrainingFailedError.
+    """
+    folder = run_folder.resolve()
+    threads = task.task.threads
+    scaling: dict[str, Any] = {  # Ray's own types are still those before elastic training
+        "num_workers": workers,
+        "use_gpu": gpus_per_worker > 0,
+        "resources_per_worker": {"CPU": threads} | ({"GPU": gpus_per_worker} if gpus_per_worker else {}),
+        "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
+    }
+    run = train.RunConfig(
+        name=TRAIN_FOLDER,
+        storage_path=str(folder),
+        failure_config=train.FailureConfig(max_failures=WORKER_FAILURES),
+        checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+    )
+    config = {"task": task.to_json(), "folder": str(folder)}
+    trainer = TorchTrainer(
+        train_on_worker, train_loop_config=config, scaling_config=train.ScalingConfig(**scaling), run_config=run
+    )
+    result = trainer.fit()
+    assert result.checkpoint is not None  # every epoch left one
+    kept = folder / CHECKPOINT
+    with result.checkpoint.as_directory() as directory:
+        atomic_write_bytes(kept, (Path(directory) / CHECKPOINT).read_bytes())
+    return kept
+
+
+def train_on_worker(config: Mapping[str, Any]) -> None:
+    """One worker's loop. Its process group has been set up by Ray: gloo on CPUs, NCCL on GPUs."""
+    task = PoolTask.from_json(config["task"])
+    torch.set_num_threads(task.task.threads)
+    torch.set_flush_denormal(True)
+    if task.task.device == "cuda":
+        torch.cuda.set_device(get_device())
+    bench, workers = PoolBench(task), DistributedWorkers()
+    start = train.get_checkpoint()
+    if start is None:
+        trainer = bench.trainer(workers)
+    else:
+        with start.as_directory() as directory:
+            trainer = bench.trainer(workers, Path(directory) / CHECKPOINT)
+    gauges = _Gauges() if workers.rank == 0 else None
+
+    def on_epoch(trainer: PoolTrainer, entry: Mapping[str, Any]) -> None:
+        metrics = {"epoch": entry["epoch"], "workers": workers.count, **entry.get("ap", {})}
+        if gauges is None:
+            train.report(metrics)
+            return
+        gauges.show(entry)
+        save_progress(Path(config["folder"]), trainer.history)
+        with tempfile.TemporaryDirectory() as directory:
+            trainer.save(Path(directory) / CHECKPOINT)
+            train.report(metrics, checkpoint=train.Checkpoint.from_directory(directory))
+
+    bench.train(trainer, on_epoch)
+
+
+def save_progress(folder: Path, history: list[dict[str, Any]]) -> None:
+    """The history as lines of JSON in the run's folder."""
+    atomic_write_bytes(folder / PROGRESS, "".join(json.dumps(entry) + "\n" for entry in history).encode())
+
+
+class _Gauges:
+    """A training's numbers on Ray's dashboard."""
+
+    def __init__(self) -> None:
+        names = {"epoch": "epochs done", "images_per_second": "training images a second of one worker"}
+        self.gauges = {name: Gauge(f"autodet_pool_{name}", text) for name, text in names.items()}
+        self.ap = Gauge("autodet_pool_ap", "AP of a member that is watched", tag_keys=("member",))
+        self.loss = Gauge("autodet_pool_loss", "training loss by kind of member", tag_keys=("member",))
+
+    def show(self, entry: Mapping[str, Any]) -> None:
+        for name, gauge in self.gauges.items():
+            gauge.set(float(entry[name]))
+        for member, ap in entry.get("ap", {}).items():
+            self.ap.set(ap, tags={"member": member})
+        for role in ("largest", "smallest", "random"):
+            losses = [value for name, value in entry["losses"].items() if name.startswith(f"{role}/")]
+            if losses:
+                self.loss.set(sum(losses), tags={"member": role})

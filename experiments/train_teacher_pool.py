@@ -1,0 +1,174 @@
+"""One training, many teachers: how good are the members of an elastic pool?
+
+command:   python experiments/train_teacher_pool.py [--data DIR] [--family FAMILY] [--workers N|MIN-MAX]
+hardware:  smoke, demo and cpu: two cores; gpu: one or more GPUs, one a worker
+time:      smoke about a minute, demo about five, cpu about half an hour for 200 images
+expected:  a folder POOL of shared weights, members.csv (AP, latency, MACs of a spread of members), pictures
+
+Stop it at any moment (Ctrl-C, kill -9) and go on with --resume RUN. Other scripts take a member as their teacher:
+--teacher RUN/pool for the largest, --teacher "RUN/pool:<member>" for another, as members.csv names it. The method is
+Joint-DetNAS's integrated progressive shrinking (CVPR 2021); spaces, budgets and recipes are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
+from pool_presets import PoolPreset, pool_preset_of
+from presets import preset_of
+from runs import checked_labels, data_folder, start_or_resume
+
+from autodet.data import BatchKey
+from autodet.detectors import detect
+from autodet.distill import Formula
+from autodet.evaluation import count_macs, count_params, measure_latencies_interleaved
+from autodet.records import Cost
+from autodet.results.pool_plots import save_pool_pictures
+from autodet.runtime.cluster import check_address, ray_running
+from autodet.runtime.pool_training import PROGRESS, train_pool
+from autodet.teachers import Member, PoolSettings, PoolSpace, Schedule
+from autodet.teachers.pool import MANIFEST, MEMBERS, MemberRow, TeacherPool, save_members, save_pool
+from autodet.teachers.statistics import recalibrate
+from autodet.teachers.task import PoolBench, PoolTask
+from autodet.training import Task
+
+RECORDED = ("preset", "family", "data", "cache", "space", "schedule", "formula", "parts", "check_every", "seed")
+EXTENDABLE = ("workers", "members")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check everything, train, measure members, draw."""
+    options = parse(argv)
+    folder = options.resume or new_folder(options.output, "train-teacher-pool")
+    check_address(options.address)
+    preset = pool_preset_of(options.preset, options.family)
+    task = pool_task(options, preset)
+    print(f"{task.space.count:,} members; {task.pool.schedule}\n{task.pool.schedule.table(task.space)}")
+    config = {"script": "train_teacher_pool", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
+    config["task"] = json.loads(task.to_json())
+    with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
+        bench = PoolBench(task)
+        bench.trainer()  # a formula or a space that does not suit is refused before anything starts
+        if not (folder / "pool" / MANIFEST).exists():
+            workers = options.workers or preset.workers
+            most = workers if isinstance(workers, int) else workers[1]
+            with ray_running(options.address, cpus=most * task.task.threads):
+                checkpoint = train_pool(task, folder, workers, float(task.task.device == "cuda"))
+            keep(bench, checkpoint, folder / "pool")
+            checkpoint.unlink()
+        if not (folder / "pool" / MEMBERS).exists():
+            measure(bench, folder / "pool", options.members or preset.members)
+    print(pd.read_csv(folder / "pool" / MEMBERS).to_string(index=False))
+    progress = [json.loads(line) for line in (folder / PROGRESS).read_text().splitlines()]
+    save_pool_pictures(folder / "pictures", pd.read_csv(folder / "pool" / MEMBERS), progress)
+    print(f"\nPool: {folder / 'pool'}\nPictures: {folder / 'pictures'}")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; those of a resumed training are the recorded ones, except workers and address."""
+    parser = common_options(__doc__ or "", workers=worker_range)
+    data_options(parser)
+    add = parser.add_argument
+    add("--space", help="of members, as a PoolSpace's text (default: the preset's)")
+    add("--schedule", help="as a Schedule's text (default: the preset's, progressive shrinking)")
+    add("--formula", help="what the largest member teaches the others, with plain weights (default: the preset's)")
+    add("--parts", type=positive, default=1, help="parts of a batch that a member is trained on (default: 1)")
+    add("--check-every", type=positive, help="epochs between measurements of members (default: the preset's)")
+    add("--members", type=positive, help="members that are measured in the end (default: the preset's)")
+    return parsed(parser, argv, "train_teacher_pool", RECORDED, EXTENDABLE)
+
+
+def worker_range(text: str) -> int | tuple[int, int]:
+    """``4``, or ``1-4`` for as many as there are, as an option's type."""
+    least, dash, most = text.partition("-")
+    if not dash:
+        return positive(text)
+    if positive(least) > positive(most):
+        raise argparse.ArgumentTypeError(f"expected the least number of workers first, found {text}")
+    return positive(least), positive(most)
+
+
+def pool_task(options: argparse.Namespace, preset: PoolPreset) -> PoolTask:
+    """The training of a pool whose largest member is the family's detector for the space's largest body."""
+    data = data_folder(options, preset_of(options.preset, options.family))
+    space = PoolSpace.parse(options.space) if options.space else preset.space
+    schedule = Schedule.parse(options.schedule) if options.schedule else preset.schedule
+    formula = Formula.parse(options.formula) if options.formula else preset.formula
+    spec = preset.detector.at_size(space.largest.size).with_labels(checked_labels(data))
+    task = Task(
+        data=str(data),
+        cache=str(options.cache.resolve()),
+        student=replace(spec, body=space.largest.body),
+        settings=replace(preset.settings, epochs=schedule.epochs),
+        fixed_batches=False,
+        seed=options.seed,
+        device=preset.device,
+        threads=preset.threads,
+    )
+    check_every = options.check_every or preset.check_every
+    return PoolTask(task, space, PoolSettings(schedule, formula, options.parts), check_every)
+
+
+def keep(bench: PoolBench, checkpoint: Path, folder: Path) -> None:
+    """Write the pool of a finished training, with the largest member's norm statistics."""
+    trainer = bench.trainer(checkpoint=checkpoint)
+    largest = trainer.member(trainer.space.largest)
+    recalibrate(largest, bench.bench.train_loader.eval_batches(16), 256)
+    settings = trainer.pool
+    notes = {
+        "schedule": str(settings.schedule),
+        "formula": str(settings.formula),
+        "parts": settings.parts,
+        "seed": trainer.seed,
+        "recipe": trainer.settings.to_json(),
+        "images": len(bench.bench.train_set),
+        "data": bench.bench.train_set.annotations_hash,
+    }
+    save_pool(folder, largest, trainer.space, notes)
+
+
+def spread(space: PoolSpace, count: int, pool: TeacherPool) -> list[Member]:
+    """The smallest, the largest, and random members between them at even steps of their numbers of parameters."""
+    rng = random.Random(0)
+    drawn = dict.fromkeys(space.sample(rng) for _ in range(8 * count))
+    drawn = {member: None for member in drawn if member not in (space.smallest, space.largest)}
+    ordered = sorted(drawn, key=lambda member: count_params(pool.extract(member).model))
+    inner = min(max(0, count - 2), len(ordered))
+    chosen = [ordered[round((i + 0.5) * len(ordered) / inner - 0.5)] for i in range(inner)]
+    return [space.smallest, *chosen, space.largest]
+
+
+def measure(bench: PoolBench, folder: Path, count: int) -> None:
+    """members.csv of a pool: AP with and without measured statistics on the task's split, latency, MACs, parameters."""
+    pool, task = TeacherPool.open(folder), bench.task.task
+    images = [image.to(task.device) for image in bench.bench.eval_loader.load(BatchKey((0,), (False,))).images]
+    members, cache = spread(bench.task.space, count, pool), Path(task.cache)
+    taken = {}
+    aps = {}
+    for member in members:
+        raw = pool.extract(member)
+        raw.model.to(task.device)
+        before = bench.bench.measure(raw).ap or 0.0
+        taken[member] = pool.take(member, bench.bench.train_loader, cache, task.device)
+        aps[member] = (bench.bench.measure(taken[member]).ap or 0.0, before)
+        print(f"{member}  AP {aps[member][0]:.3f} ({before:.3f} before its norm statistics were measured)")
+    runs = {str(member): lambda d=detector: detect(d, images) for member, detector in taken.items()}
+    latencies = measure_latencies_interleaved(runs, task.device, threads=task.threads)
+    rows = []
+    for member, detector in taken.items():
+        latency = latencies[str(member)]
+        macs, params = count_macs(runs[str(member)]), count_params(detector.model)
+        cost = Cost(latency.median_ms, latency.p90_ms, task.device, task.threads, 1, macs, params)
+        rows.append(MemberRow(member, *aps[member], task.split, cost))
+    save_members(folder, rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_of(main))

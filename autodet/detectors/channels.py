@@ -44,9 +44,9 @@ def channel_counts(arch: Arch) -> dict[str, int]:
     return counts
 
 
-def first_channels(shape: tuple[int, ...], groups: Groups, counts: Mapping[str, int]) -> tuple[slice, ...]:
+def first_channels(dims: int, groups: Groups, counts: Mapping[str, int]) -> tuple[slice, ...]:
     """An index of the first channels of each group, as many as ``counts`` says, in a tensor of a larger detector."""
-    every = (*groups, *(None,) * (len(shape) - len(groups)))
+    every = (*groups, *(None,) * (dims - len(groups)))
     return tuple(slice(None) if group is None else slice(0, counts[group]) for group in every)
 
 

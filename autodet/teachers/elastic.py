@@ -20,6 +20,7 @@ from autodet.detectors import Detector, DetectorSpec, build, steps_of
 from autodet.detectors.channels import Groups, channel_counts, channel_groups, first_channels
 from autodet.teachers.space import Member, PoolSpace, SpaceError
 
+Take = Callable[[str, tuple[slice, ...]], Tensor]  # a tensor's name and an index → that slice of it
 KEPT = 16  # activated members that are kept at hand
 
 
@@ -60,7 +61,9 @@ class ElasticDetector:
         if member == self.space.largest:
             return self.detector
         if member not in self._active:
-            self._active[member] = sliced(self._shared, self.spec_of(member), self._groups, _view)
+            self._active[member] = sliced(
+                self.spec_of(member), self._groups, lambda name, index: _view(self._shared[name], index)
+            )
             if len(self._active) > KEPT:
                 self._active.popitem(last=False)
         self._active.move_to_end(member)
@@ -70,7 +73,7 @@ class ElasticDetector:
 
     def extract(self, member: Member) -> Detector:
         """A plain detector of its own with the member's weights. Its norm statistics are slices: recalibrate them."""
-        return sliced(self._shared, self.spec_of(member), self._groups, copied)
+        return sliced(self.spec_of(member), self._groups, copies_of(self._shared))
 
 
 def member_spec(largest: DetectorSpec, member: Member) -> DetectorSpec:
@@ -79,12 +82,10 @@ def member_spec(largest: DetectorSpec, member: Member) -> DetectorSpec:
     return replace(spec, body=member.body)
 
 
-def sliced(
-    shared: Mapping[str, Tensor], spec: DetectorSpec, groups: Mapping[str, Groups], take: Callable[..., nn.Parameter]
-) -> Detector:
-    """A detector of ``spec``, in evaluation mode, made of a larger one's tensors, by their names in its state dict.
+def sliced(spec: DetectorSpec, groups: Mapping[str, Groups], take: Take) -> Detector:
+    """A detector of ``spec``, in evaluation mode, made of slices of a larger one's tensors.
 
-    take: a tensor and an index → the parameter. Buffers are copies.
+    groups: of the larger one's channels. take: a tensor's name in its state dict and an index → the slice.
     """
     with torch.device("meta"):
         member = build(spec)
@@ -98,21 +99,26 @@ def sliced(
     for prefix, module in member.model.named_modules():
         for name, own in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             key = f"{prefix}.{name}" if prefix else name
-            index = first_channels(shared[key].shape, groups.get(key, ()), counts)
-            assert shared[key][index].shape == own.shape, key
-            parameter = isinstance(own, nn.Parameter)
-            setattr(module, name, take(shared[key], index) if parameter else shared[key][index].clone())
+            part = take(key, first_channels(own.dim(), groups.get(key, ()), counts))
+            assert part.shape == own.shape, key
+            plain = not isinstance(own, nn.Parameter) or isinstance(part, nn.Parameter)
+            setattr(module, name, part if plain else nn.Parameter(part))
     member.model.eval()
     return steps_of(member.model, spec)
 
 
-def copied(whole: Tensor, index: tuple[slice, ...]) -> nn.Parameter:
-    """A parameter of its own."""
-    return nn.Parameter(whole.detach()[index].clone())
+def copies_of(state: Mapping[str, Tensor]) -> Take:
+    """Slices of a state dict that share nothing with it."""
+    return lambda name, index: state[name].detach()[index].clone()
 
 
-def _view(whole: nn.Parameter, index: tuple[slice, ...]) -> nn.Parameter:
-    """A parameter whose values and gradient are slices of a shared one's; the shared one where it is all of it."""
+def _view(whole: Tensor, index: tuple[slice, ...]) -> Tensor:
+    """A parameter whose values and gradient are slices of a shared one's; the shared one where it is all of it.
+
+    Of a buffer a copy: each member has norm statistics of its own.
+    """
+    if not isinstance(whole, nn.Parameter):
+        return whole[index].clone()
     values = whole.detach()[index]
     if values.shape == whole.shape:
         return whole

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
 from autodet.atomic import atomic_write_bytes, atomic_write_json
 from autodet.data import Loader
@@ -23,7 +22,7 @@ from autodet.detectors import Detector, DetectorSpec, SpecError
 from autodet.detectors.channels import channel_groups
 from autodet.detectors.weights import WeightsError, load_weights, save_weights, weights_hash
 from autodet.records import Cost
-from autodet.teachers.elastic import copied, member_spec, sliced
+from autodet.teachers.elastic import Take, copies_of, member_spec, sliced
 from autodet.teachers.space import Member, PoolSpace, SpaceError
 from autodet.teachers.statistics import recalibrate, statistics_of
 
@@ -51,12 +50,16 @@ class MemberRow:
 
 
 class TeacherPool:
-    """A trained pool, read from its folder. spec: of the largest member. notes: how it was trained (JSON values)."""
+    """A trained pool, read from its folder.
+
+    spec: of the largest member. weights: gives copies of slices of its tensors. hash: of its weights. notes: how it was
+    trained (JSON values).
+    """
 
     def __init__(
-        self, space: PoolSpace, spec: DetectorSpec, state: Mapping[str, Tensor], hash: str, notes: Mapping[str, Any]
+        self, space: PoolSpace, spec: DetectorSpec, weights: Take, hash: str, notes: Mapping[str, Any]
     ) -> None:
-        self.space, self.spec, self.state, self.hash, self.notes = space, spec, state, hash, notes
+        self.space, self.spec, self.weights, self.hash, self.notes = space, spec, weights, hash, notes
         self._groups = channel_groups(spec)
 
     @classmethod
@@ -74,13 +77,13 @@ class TeacherPool:
                 f"{path} has the hash {found[:12]}…, {MANIFEST} names {str(manifest['weights'])[:12]}…: one of them is"
                 " of another training. Copy both files again, or train the pool anew."
             )
-        return cls.of_manifest(manifest, state)
+        return cls.of_manifest(manifest, copies_of(state))
 
     @classmethod
-    def of_manifest(cls, manifest: Mapping[str, Any], state: Mapping[str, Tensor]) -> TeacherPool:
-        """A pool whose weights come from elsewhere than its folder, such as a cache; they are believed."""
+    def of_manifest(cls, manifest: Mapping[str, Any], weights: Take) -> TeacherPool:
+        """A pool whose weights come from elsewhere than its folder, such as a cache, and have been checked there."""
         space, spec = PoolSpace.parse(manifest["space"]), DetectorSpec.from_json(manifest["spec"])
-        return cls(space, spec, state, manifest["weights"], manifest["notes"])
+        return cls(space, spec, weights, manifest["weights"], manifest["notes"])
 
     def spec_of(self, member: Member) -> DetectorSpec:
         """The detector that a member is; SpaceError where it is not in the pool."""
@@ -89,7 +92,7 @@ class TeacherPool:
 
     def extract(self, member: Member) -> Detector:
         """A member's weights as a detector of its own, without norm statistics: ``take`` also measures these."""
-        return sliced(self.state, self.spec_of(member), self._groups, copied)
+        return sliced(self.spec_of(member), self._groups, self.weights)
 
     def take(self, member: Member, loader: Loader, cache: Path | None = None, device: str = "cpu") -> Detector:
         """A member as a working detector, in evaluation mode; its norm statistics are measured on the loader's images.

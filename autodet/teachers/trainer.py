@@ -28,7 +28,7 @@ from autodet.distill.formula import Formula
 from autodet.distill.inputs import parts_of
 from autodet.distill.outputs import DetectorOutput, output_of
 from autodet.distill.teacher import answer_of
-from autodet.teachers.elastic import ElasticDetector, copied, sliced
+from autodet.teachers.elastic import ElasticDetector, copies_of, sliced
 from autodet.teachers.importance import sort_channels
 from autodet.teachers.schedule import Schedule, members_of_step
 from autodet.teachers.space import Member, PoolSpace
@@ -139,7 +139,7 @@ class PoolTrainer(Trainer):
     def member(self, member: Member) -> Detector:
         """A copy of a member with the weights to evaluate and keep, without norm statistics of its own."""
         groups = channel_groups(self.detector.spec)
-        return sliced(self.model.state_dict(), self.elastic.spec_of(member), groups, copied)
+        return sliced(self.elastic.spec_of(member), groups, copies_of(self.model.state_dict()))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: tensors and plain values."""

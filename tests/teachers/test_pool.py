@@ -171,8 +171,8 @@ def test_a_pool_is_not_changed_by_use(folder: Path, loader: Loader, tmp_path: Pa
     with torch.no_grad():
         for parameter in taken.model.parameters():
             parameter.zero_()
-    state, _ = load_weights(folder / WEIGHTS)
-    assert all(torch.equal(value, state[name]) for name, value in pool.state.items())
+    again, fresh = pool.extract(SPACE.largest).model.state_dict(), load_weights(folder / WEIGHTS)[0]
+    assert all(torch.equal(value, fresh[name]) for name, value in again.items())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -1,0 +1,147 @@
+"""Weights that many trials read, once a node in Ray's shared memory.
+
+One named actor a node keeps them by content hash, put as numpy arrays; a trial reads views of them without copying, and
+copies out the slices that it needs. The views themselves are never handed on: an operation in place on a tensor that
+aliases one would change it for every other reader. An actor that died, or a node that joined, fills from the file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from autodet.detectors.weights import WeightsError, load_weights, weights_hash
+
+NAMESPACE = "autodet"
+LIMIT_BYTES = 2 << 30  # of weights that are kept on a node
+ATTEMPTS = 4  # to reach a cache that is being rebuilt
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass
+class Entry:
+    """Weights that are kept. leases: who still needs them; only entries without any are evicted."""
+
+    ref: Any  # ray.ObjectRef of Arrays
+    size: int
+    leases: set[str] = field(default_factory=set)
+
+
+class WeightCache:
+    """The actor's state and methods; one a node, made by ``cache_of_this_node``.
+
+    limit: bytes. Entries without leases go, the one used longest ago first, as soon as all together exceed it; leased
+    ones stay even above it, and so does the one that was asked for last.
+    """
+
+    def __init__(self, limit: int = LIMIT_BYTES) -> None:
+        self.limit = limit
+        self.entries: OrderedDict[str, Entry] = OrderedDict()
+        self.reads = {"hits": 0, "misses": 0}
+
+    def get(self, hash: str, path: str, lease: str | None = None) -> list[Any]:
+        """[reference] to the weights of a hash; read from a file of ``save_weights`` where they are not kept yet.
+
+        lease: a holder's name, under which the weights are kept until ``release``. WeightsError where the file's
+        weights have another hash.
+        """
+        self.reads["hits" if hash in self.entries else "misses"] += 1
+        if hash not in self.entries:
+            self.entries[hash] = _read(hash, path)
+        self.entries.move_to_end(hash)
+        if lease is not None:
+            self.entries[hash].leases.add(lease)
+        self._evict()
+        return [self.entries[hash].ref]
+
+    def release(self, lease: str) -> None:
+        """End all leases of a holder."""
+        for entry in self.entries.values():
+            entry.leases.discard(lease)
+        self._evict()
+
+    def facts(self) -> dict[str, Any]:
+        """Hits, misses, bytes, and the hashes that are kept with their leases."""
+        kept = {hash: sorted(entry.leases) for hash, entry in self.entries.items()}
+        return {**self.reads, "bytes": self._bytes(), "kept": kept}
+
+    def _bytes(self) -> int:
+        return sum(entry.size for entry in self.entries.values())
+
+    def _evict(self) -> None:
+        last = next(reversed(self.entries), None)
+        for hash in [hash for hash, entry in self.entries.items() if not entry.leases and hash != last]:
+            if self._bytes() <= self.limit:
+                return
+            del self.entries[hash]
+
+
+class SharedWeights:
+    """Weights in shared memory, of which copies can be taken. A ``Take`` of ``teachers.elastic``."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+
+    def __call__(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """A copy of a slice of a tensor."""
+        return torch.from_numpy(np.array(self._arrays[name][index], order="C"))
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of everything."""
+        return {name: self(name) for name in self._arrays}
+
+
+def cache_of_this_node(limit: int = LIMIT_BYTES) -> Any:
+    """The handle of this node's cache, which is made where there is none. It outlives its maker, with the cluster."""
+    node = ray.get_runtime_context().get_node_id()
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightCache)
+    return actor.options(
+        name=f"autodet-weights-{node[:12]}",
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    ).remote(limit)
+
+
+def shared_weights(hash: str, path: Path, lease: str | None = None) -> SharedWeights:
+    """The weights of a hash from this node's cache, which reads them from a file where it has them not.
+
+    Where the cache cannot be had, they are read from the file into this process alone. WeightsError where the file is
+    not of that hash.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            (reference,) = ray.get(cache_of_this_node().get.remote(hash, str(path), lease), timeout=60)
+            return SharedWeights(ray.get(reference, timeout=60))
+        except (ObjectLostError, RayActorError, GetTimeoutError) as error:  # OwnerDiedError is an ObjectLostError
+            logging.info("The weight cache of this node is asked again: %s", type(error).__name__)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # what the file's reader said
+    logging.warning("The weight cache of this node cannot be reached; %s is read by this process alone.", path)
+    return SharedWeights(_arrays(hash, str(path)))
+
+
+def _read(hash: str, path: str) -> Entry:
+    arrays = _arrays(hash, path)
+    return Entry(ray.put(arrays), sum(array.nbytes for array in arrays.values()))
+
+
+def _arrays(hash: str, path: str) -> Arrays:
+    state, _ = load_weights(path)
+    found = weights_hash(state)
+    if found != hash:
+        raise WeightsError(f"{path} has the hash {found[:12]}…, expected {hash[:12]}…: it was changed since.")
+    return {name: tensor.numpy() for name, tensor in state.items()}

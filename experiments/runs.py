@@ -18,7 +18,7 @@ from presets import Preset, preset_of
 import autodet
 from autodet.atomic import atomic_write_json
 from autodet.data import read_dataset, write_shapes
-from autodet.detectors import DetectorSpec, is_detector_file, load_any_detector, save_detector
+from autodet.detectors import DetectorSpec
 from autodet.distill import Formula
 from autodet.ledger import Ledger
 from autodet.records import Record
@@ -48,21 +48,6 @@ def data_folder(options: argparse.Namespace, preset: Preset) -> Path:
 def checked_labels(data: Path) -> tuple[tuple[int, str], ...]:
     """Check the whole data set; the detector's labels, which are its categories in order of their ids."""
     return tuple((category.id, category.name) for category in read_dataset(data)["train"].categories)
-
-
-def given_teacher(path: Path, student: DetectorSpec, size: int | None, folder: Path) -> Path:
-    """A user's teacher as a detector file: one of ours as it is, a torchvision state dict rebuilt into one in the run.
-
-    size: shorter side in pixels of the images that a state dict was trained on, which it does not say (None:
-    torchvision's 800).
-    """
-    if is_detector_file(path):
-        return path.resolve()
-    rebuilt = folder / "teacher" / f"{path.stem}.safetensors"
-    if not rebuilt.exists():
-        rebuilt.parent.mkdir(parents=True, exist_ok=True)
-        save_detector(rebuilt, load_any_detector(path, student.labels, size), {"source": str(path.resolve())})
-    return rebuilt.resolve()
 
 
 def trained_teacher(preset: Preset, task: Task, folder: Path) -> Path:

@@ -25,15 +25,15 @@ from presets import Preset, preset_of
 from runs import (
     checked_labels,
     data_folder,
-    given_teacher,
     run_list,
     save_search,
     say_candidate,
     start_or_resume,
     trained_teacher,
 )
+from teachers import named_teacher, named_teacher_spec
 
-from autodet.detectors import DetectorSpec, load_any_detector, load_detector
+from autodet.detectors import DetectorSpec, load_detector
 from autodet.detectors.spec import FAMILIES
 from autodet.distill import INPUTS, PUBLISHED, why_incomparable
 from autodet.results.report import write_report
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     extendable = [*(f"options.{name}" for name in EXTENDABLE), "search.budget_per_input", "search.weights_budget"]
     with start_or_resume(folder, config, extendable) as ledger:
         if options.teacher is not None:
-            teacher = given_teacher(options.teacher, task.student, options.teacher_size, folder)
+            teacher = named_teacher(options.teacher, task, options.teacher_size, folder)
         else:
             teacher = trained_teacher(preset, task, folder)
         task, proxy = (replace(each, teacher=str(teacher.resolve())) for each in (task, proxy))
@@ -113,7 +113,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher",
         type=Path,
-        help="a file of train_detector.py, or a torchvision state dict (default: train one with the preset's recipe)",
+        help="a file of train_detector.py, a torchvision state dict, POOL or POOL:<member> of train_teacher_pool.py"
+        " (default: train one with the preset's recipe)",
     )
     add("--teacher-family", choices=FAMILIES, help="of the teacher that is trained (default: the student's)")
     add("--teacher-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
@@ -203,7 +204,7 @@ def teacher_spec(preset: Preset, task: Task, options: argparse.Namespace) -> Det
     """The teacher that will be trained, or the given one, which is read here so that a mistake shows at once."""
     if options.teacher is None:
         return preset.teacher.with_labels(task.student.labels)
-    return load_any_detector(options.teacher, task.student.labels, options.teacher_size).spec
+    return named_teacher_spec(options.teacher, task.student, options.teacher_size)
 
 
 def chosen_inputs(wanted: Sequence[str] | None, student: DetectorSpec, teacher: DetectorSpec) -> tuple[str, ...]:

@@ -1,0 +1,57 @@
+"""Teachers that a user names: a detector file, a torchvision state dict, or a member of a pool."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from autodet.detectors import Detector, DetectorSpec, is_detector_file, load_any_detector, save_detector
+from autodet.teachers import Member
+from autodet.teachers.pool import TeacherPool, read_manifest
+from autodet.training import Task, Workbench
+
+
+def named_teacher_spec(named: Path, student: DetectorSpec, size: int | None) -> DetectorSpec:
+    """What a named teacher is, read before anything starts, so that a mistake shows at once."""
+    if (found := pool_and_member(named)) is not None:
+        folder, member = found
+        pool = TeacherPool.open(folder)
+        return pool.spec_of(member or pool.space.largest)
+    return load_any_detector(named, student.labels, size).spec
+
+
+def named_teacher(named: Path, task: Task, size: int | None, folder: Path) -> Path:
+    """A named teacher as a detector file: one of ours as it is, any other rebuilt into one in the run's folder.
+
+    size: shorter side in pixels of the images that a state dict was trained on, which it does not say (None:
+    torchvision's 800). A pool's member gets norm statistics of the task's training images.
+    """
+    found = pool_and_member(named)
+    if found is None and is_detector_file(named):
+        return named.resolve()
+    name = named.stem if found is None else f"member-{hashlib.sha256(str(named).encode()).hexdigest()[:12]}"
+    rebuilt = folder / "teacher" / f"{name}.safetensors"
+    if not rebuilt.exists():
+        rebuilt.parent.mkdir(parents=True, exist_ok=True)
+        detector = load_any_detector(named, task.student.labels, size) if found is None else _taken(*found, task)
+        save_detector(rebuilt, detector, {"source": str(named.resolve())})
+    return rebuilt.resolve()
+
+
+def pool_and_member(named: Path) -> tuple[Path, Member | None] | None:
+    """``POOL`` or ``POOL:<member>``, where POOL is a folder; None where a file is named instead."""
+    text, _, member = str(named).partition(":")
+    folder = Path(text)
+    if not folder.is_dir():
+        return None
+    read_manifest(folder)  # a folder that is no pool is refused with the reason
+    return folder, Member.parse(member) if member else None
+
+
+def _taken(folder: Path, member: Member | None, task: Task) -> Detector:
+    pool = TeacherPool.open(folder)
+    member = member or pool.space.largest
+    spec = pool.spec_of(member)
+    loader = Workbench(replace(task, student=spec, fraction=1.0, teacher=None)).train_loader
+    return pool.take(member, loader, Path(task.cache))

@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{task.space.count:,} members; {task.pool.schedule}\n{task.pool.schedule.table(task.space)}")
     config = {"script": "train_teacher_pool", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
     config["task"] = json.loads(task.to_json())
+    bench = PoolBench(task)
+    bench.trainer()  # a formula or a space that does not suit is refused here
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
-        bench = PoolBench(task)
-        bench.trainer()  # a formula or a space that does not suit is refused before anything starts
         if not (folder / "pool" / MANIFEST).exists():
             workers = options.workers or preset.workers
             most = workers if isinstance(workers, int) else workers[1]

@@ -63,7 +63,8 @@ def draw_training(progress: Sequence[Mapping[str, Any]]) -> Figure:
     losses, aps = figure.subplots(1, 2)
     for role, colour in zip(ROLES, COLOURS, strict=False):
         of_role = pd.Series({entry["epoch"]: role_loss(entry, role) for entry in progress}).dropna()
-        losses.plot(of_role.index, of_role, color=colour, label=role)
+        if not of_role.empty:
+            losses.plot(of_role.index, of_role, color=colour, label=role)
     watched = pd.DataFrame({entry["epoch"]: entry["ap"] for entry in progress if "ap" in entry}).T
     for name in watched.columns:
         style = "-" if name in ROLES else "--"

@@ -40,7 +40,7 @@ class PoolTask:
     def to_json(self) -> str:
         """One line of JSON."""
         values = {
-            "task": self.task.to_json(),
+            "task": json.loads(self.task.to_json()),
             "space": str(self.space),
             "schedule": str(self.pool.schedule),
             "formula": str(self.pool.formula),
@@ -55,7 +55,7 @@ class PoolTask:
         values = json.loads(text)
         schedule, formula = Schedule.parse(values["schedule"]), Formula.parse(values["formula"])
         return cls(
-            Task.from_json(values["task"]),
+            Task.from_json(json.dumps(values["task"])),
             PoolSpace.parse(values["space"]),
             PoolSettings(schedule, formula, values["parts"]),
             values["check_every"],

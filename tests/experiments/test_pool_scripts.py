@@ -1,0 +1,132 @@
+"""train_teacher_pool.py as a user would run it, and its pool as a teacher of another script."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pool_presets
+import pytest
+import search_distiller
+import teachers
+import train_teacher_pool
+from detector_cases import small_spec
+
+from autodet.data.shapes import CATEGORY_IDS
+from autodet.detectors import build, load_detector, save_detector
+from autodet.detectors.spec import FAMILIES
+from autodet.distill import why_incomparable
+from autodet.ledger import Ledger
+from autodet.teachers import Member, ScheduleError, SpaceError
+from autodet.teachers.elastic import member_spec
+from autodet.teachers.pool import PoolError, TeacherPool
+from autodet.training import Task, TrainSettings
+
+LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pool at preset smoke."""
+    folder = tmp_path_factory.mktemp("runs") / "pool"
+    cache = str(tmp_path_factory.mktemp("cache"))
+    options = ["--preset", "smoke", "--family", "fcos", "--workers", "1", "--output", str(folder), "--cache", cache]
+    assert train_teacher_pool.main(options) == 0
+    return folder
+
+
+def test_a_pool_is_trained_measured_and_drawn(run: Path) -> None:
+    pool = TeacherPool.open(run / "pool")
+    assert pool.notes["schedule"] == "1*largest > 1*sandwich(0.5, 1) > 1*sandwich(1, 1)"
+    members = pd.read_csv(run / "pool" / "members.csv")
+    assert members["member"].iloc[0] == str(pool.space.smallest)
+    assert members["member"].iloc[-1] == str(pool.space.largest)
+    assert len(members) == 4 and members["params_m"].is_monotonic_increasing
+    assert (members[["latency_ms", "macs_g"]] > 0).all().all() and members["ap"].between(0, 1).all()
+    assert [json.loads(line)["epoch"] for line in (run / "progress.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert {path.name for path in (run / "pictures").iterdir()} == {"members.png", "training.png", "statistics.png"}
+
+
+def test_a_finished_pool_is_only_shown_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (run / "pool").iterdir()}
+    assert train_teacher_pool.main(["--resume", str(run)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (run / "pool").iterdir()} == before
+    assert "192 members" in capsys.readouterr().out
+
+
+def task_of(run: Path) -> Task:
+    return Task.from_json(json.dumps(Ledger.open(run).config["task"]["task"]))
+
+
+@pytest.mark.parametrize("member", ["", ":basic-8:8x1-8x1-16x1-16x1@64"])
+def test_a_member_becomes_a_teachers_file(run: Path, member: str, tmp_path: Path) -> None:
+    named = Path(f"{run / 'pool'}{member}")
+    spec = teachers.named_teacher_spec(named, task_of(run).student, None)
+    path = teachers.named_teacher(named, task_of(run), None, tmp_path)
+    detector, notes = load_detector(path)
+    assert detector.spec == spec and notes["source"] == str(named)
+    pool = TeacherPool.open(run / "pool")
+    wanted = Member.parse(member[1:]) if member else pool.space.largest
+    assert spec == pool.spec_of(wanted)
+    assert teachers.named_teacher(named, task_of(run), None, tmp_path) == path
+
+
+def test_what_is_no_teacher_is_refused_before_anything_starts(run: Path, tmp_path: Path) -> None:
+    student = task_of(run).student
+    with pytest.raises(PoolError, match=r"it has no manifest\.json"):
+        teachers.named_teacher_spec(tmp_path, student, None)
+    with pytest.raises(SpaceError, match="is no member of the pool"):
+        teachers.named_teacher_spec(Path(f"{run / 'pool'}:basic-9:9x1-8x1-16x1-16x1@64"), student, None)
+    options = ["--preset", "smoke", "--family", "fcos", "--output", str(tmp_path / "new")]
+    with pytest.raises(SpaceError, match="Expected a member as"):
+        search_distiller.main([*options, "--teacher", f"{run / 'pool'}:nonsense"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_detector_file_stays_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    save_detector(path, build(small_spec("fcos", LABELS)))
+    task = Task("", "", small_spec("fcos", LABELS), TrainSettings(1))
+    assert teachers.named_teacher(path, task, None, tmp_path / "run") == path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        (["--space", "basic-=:8x1"], SpaceError),
+        (["--schedule", "3*dance"], ScheduleError),
+        (["--formula", "nose: l2"], ValueError),
+        (["--formula", "logits.roi: l2"], ValueError),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    option: list[str], error: type[Exception], run: Path, tmp_path: Path
+) -> None:
+    cache = Ledger.open(run).config["options"]["cache"]
+    options = ["--preset", "smoke", "--family", "fcos", "--cache", cache, "--output", str(tmp_path / "new")]
+    with pytest.raises(error):
+        train_teacher_pool.main([*options, *option])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("text", "workers"), [("3", 3), ("1-4", (1, 4))])
+def test_workers_are_a_number_or_a_range(text: str, workers: object) -> None:
+    assert train_teacher_pool.worker_range(text) == workers
+
+
+@pytest.mark.parametrize("text", ["0", "4-1", "a", "1-"])
+def test_other_numbers_of_workers_are_refused(text: str) -> None:
+    with pytest.raises(Exception, match=r"expected|invalid"):
+        train_teacher_pool.worker_range(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["smoke", "demo", "cpu", "gpu"])
+def test_presets_can_be_run(name: str, family: str) -> None:
+    preset = pool_presets.pool_preset_of(name, family)
+    assert preset.settings.epochs == preset.schedule.epochs and preset.space.count > 100
+    largest = replace(preset.detector.at_size(preset.space.largest.size), body=preset.space.largest.body)
+    smallest = member_spec(largest, preset.space.smallest)
+    assert all(why_incomparable(term.input, smallest, largest) is None for term in preset.formula.terms)

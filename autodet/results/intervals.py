@@ -60,3 +60,12 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     if len(ranks[0]) < 2 or any(np.ptp(side) == 0 for side in ranks):
         return math.nan
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def kendall(first: Sequence[float], second: Sequence[float]) -> float:
+    """Kendall's τ-b over all pairs of positions; NaN where a side is constant or has fewer than two values."""
+    signs = [np.sign(np.subtract.outer(np.asarray(side, float), np.asarray(side, float))) for side in (first, second)]
+    untied = [float(np.abs(side).sum()) for side in signs]
+    if min(untied) == 0:
+        return math.nan
+    return float((signs[0] * signs[1]).sum()) / math.sqrt(untied[0] * untied[1])

@@ -81,6 +81,17 @@ def draw_training(progress: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def draw_against_alone(table: pd.DataFrame) -> Figure:
+    """AP of members in the pool against the same detectors trained alone; on the line they are equal."""
+    figure = Figure(figsize=(4.2, 4), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    ends = [POINTS * min(table["pool"].min(), table["alone"].min()), POINTS * table[["pool", "alone"]].max().max()]
+    axes.plot(ends, ends, color=GREY, linewidth=0.8)
+    axes.scatter(POINTS * table["alone"], POINTS * table["pool"], s=18, color=COLOURS[0])
+    label_axes(axes, "AP, trained alone", "AP, in the pool")
+    return figure
+
+
 def role_loss(entry: Mapping[str, Any], role: str) -> float | None:
     """The detector's own losses of a kind of member in an epoch; None where none of its kind was trained."""
     own = [value for name, value in entry["losses"].items() if name.startswith(f"{role}/") and "/distill/" not in name]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from autodet.results.intervals import mean_interval, spearman, student_t_quantile
+from autodet.results.intervals import kendall, mean_interval, spearman, student_t_quantile
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,15 @@ def test_spearman_by_hand() -> None:
     assert spearman(first, [-(value**3) for value in first]) == pytest.approx(-1)
     assert spearman([1.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == pytest.approx(math.sqrt(3) / 2)  # ties share their mean rank
     assert math.isnan(spearman([1.0, 1.0], [1.0, 2.0])) and math.isnan(spearman([1.0], [1.0]))
+
+
+def test_kendall_counts_pairs_in_the_same_order() -> None:
+    """Against a count over all pairs; with ties τ-b divides by the untied pairs of each side."""
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(size=9), rng.normal(size=9)
+    pairs = [(i, j) for i in range(9) for j in range(i)]
+    agree = sum((first[i] - first[j]) * (second[i] - second[j]) > 0 for i, j in pairs)
+    assert kendall(first.tolist(), second.tolist()) == pytest.approx((2 * agree - len(pairs)) / len(pairs))
+    assert kendall([1, 2, 3], [10, 20, 30]) == 1 and kendall([1, 2, 3], [3, 2, 1]) == -1
+    assert kendall([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / math.sqrt(5 * 6))
+    assert math.isnan(kendall([1, 1], [1, 2])) and math.isnan(kendall([1], [1]))

@@ -1,0 +1,44 @@
+"""Plain trainings side by side, each a Ray task that goes on from its checkpoint when its worker is lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+import torch
+
+from autodet.training import Task, train_plain
+
+WORKER_FAILURES = 3  # lost workers of one training before the run stops
+
+
+def train_side_by_side(tasks: Mapping[str, Task], folder: Path, gpus: float = 0.0) -> dict[str, Path]:
+    """Train each task's detector without a teacher; name → its file in ``folder/<name>``. Ray must be running.
+
+    As many run at a time as Ray has CPUs (GPUs) for; a task takes ``task.threads``. Trainings that ended before are not
+    repeated. Raises the first error of a training.
+    """
+    pending = {}
+    for name, task in tasks.items():
+        task = replace(task, weights=str((folder / name).resolve()))
+        remote = ray.remote(num_cpus=task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES)(_train)
+        pending[remote.remote(task.to_json(), str((folder / name).resolve()))] = name
+    found = {}
+    while pending:
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        name = pending.pop(done)
+        found[name] = Path(ray.get(done))
+        logging.info("[%d of %d] trained %s", len(found), len(tasks), name)
+    return {name: found[name] for name in tasks}
+
+
+def _train(text: str, folder: str) -> str:
+    """The file of a finished training; a finished one is found again."""
+    finished = sorted(Path(folder).glob("*.safetensors"))
+    if finished:
+        return str(finished[0])
+    torch.set_flush_denormal(True)
+    return str(train_plain(Task.from_json(text), Path(folder)))

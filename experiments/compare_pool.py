@@ -26,8 +26,7 @@ from autodet.atomic import atomic_write_bytes
 from autodet.detectors import load_detector
 from autodet.ledger import Ledger
 from autodet.results.intervals import kendall, mean_interval
-from autodet.results.plots import to_png
-from autodet.results.pool_plots import draw_against_alone
+from autodet.results.pool_plots import draw_against_alone, save_picture
 from autodet.runtime.cluster import ray_running
 from autodet.runtime.plain_training import train_side_by_side
 from autodet.teachers import Member
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             files = train_side_by_side(alone, folder / "alone", float(task.task.device == "cuda"))
         table = measured(pool, task.task, members, list(files.values()), options.split)
     atomic_write_bytes(folder / "members.csv", table.to_csv(index=False).encode())
-    atomic_write_bytes(folder / "members.png", to_png(draw_against_alone(table)))
+    save_picture(folder / "members.png", draw_against_alone(table))
     print_table(table, options.split)
     print(f"\n{folder / 'members.csv'}\n{folder / 'members.png'}")
     return 0

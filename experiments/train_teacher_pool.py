@@ -22,14 +22,13 @@ import pandas as pd
 from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from pool_presets import PoolPreset, pool_preset_of
 from presets import preset_of
-from runs import checked_labels, data_folder, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import detect
 from autodet.distill import Formula
 from autodet.evaluation import count_macs, count_params, measure_latencies_interleaved
 from autodet.records import Cost
-from autodet.results.pool_plots import save_pool_pictures
+from autodet.results.pool_plots import draw_schedule, save_picture, save_pool_pictures
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.pool_training import PROGRESS, train_pool
 from autodet.teachers import Member, PoolSettings, PoolSpace, Schedule
@@ -37,6 +36,7 @@ from autodet.teachers.pool import MANIFEST, MEMBERS, MemberRow, TeacherPool, sav
 from autodet.teachers.statistics import recalibrate
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task
+from runs import checked_labels, data_folder, start_or_resume
 
 RECORDED = ("preset", "family", "data", "cache", "space", "schedule", "formula", "parts", "check_every", "seed")
 EXTENDABLE = ("workers", "members")
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     bench = PoolBench(task)
     bench.trainer()  # a formula or a space that does not suit is refused here
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
+        save_picture(folder / "pictures" / "schedule.png", draw_schedule(task.pool.schedule.steps))
         if not (folder / "pool" / MANIFEST).exists():
             workers = options.workers or preset.workers
             most = workers if isinstance(workers, int) else workers[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ AXES = {"latency_ms": "latency, ms an image", "macs_g": "multiply-adds, G"}
 
 def save_pool_pictures(folder: Path, members: pd.DataFrame, progress: Sequence[Mapping[str, Any]]) -> None:
     """members.png, training.png, statistics.png in a folder. members: of members.csv; progress: an entry an epoch."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawings = {"members": draw_members(members), "statistics": draw_statistics(members)}
-    drawings["training"] = draw_training(progress)
-    for name, figure in drawings.items():
-        atomic_write_bytes(folder / f"{name}.png", to_png(figure))
+    save_picture(folder / "members.png", draw_members(members))
+    save_picture(folder / "statistics.png", draw_statistics(members))
+    save_picture(folder / "training.png", draw_training(progress))
+
+
+def save_picture(path: Path, figure: Figure) -> None:
+    """Write a figure as a PNG file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, to_png(figure))
 
 
 def draw_members(members: pd.DataFrame) -> Figure:
@@ -89,6 +94,19 @@ def draw_against_alone(table: pd.DataFrame) -> Figure:
     axes.plot(ends, ends, color=GREY, linewidth=0.8)
     axes.scatter(POINTS * table["alone"], POINTS * table["pool"], s=18, color=COLOURS[0])
     label_axes(axes, "AP, trained alone", "AP, in the pool")
+    return figure
+
+
+def draw_schedule(phases: Sequence[tuple[int, float, int]]) -> Figure:
+    """What a training will do. phases: (epochs, open share 0–1, members a step) in order."""
+    figure = Figure(figsize=(6, 2.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    edges = [0, *itertools.accumulate(epochs for epochs, _, _ in phases)]
+    axes.stairs([POINTS * share for _, share, _ in phases], edges, fill=True, color=COLOURS[4], alpha=0.5)
+    for start, end, (_, share, members) in zip(edges, edges[1:], phases, strict=False):
+        axes.annotate(f"{members} a step", ((start + end) / 2, POINTS * share + 3), ha="center", fontsize=8, color=GREY)
+    axes.set_ylim(0, 1.15 * POINTS)
+    label_axes(axes, "epoch", "share of the space, %")
     return figure
 
 

@@ -94,6 +94,11 @@ class Schedule:
         return sum(phase.epochs for phase in self.phases)
 
     @property
+    def steps(self) -> list[tuple[int, float, int]]:
+        """Of each phase its epochs, its open share, and how many members a step trains at most."""
+        return [(p.epochs, p.open, p.random + (2 if p.open else 1) * p.sandwich) for p in self.phases]
+
+    @property
     def openings(self) -> dict[int, Phase]:
         """First epoch (0-based) of each phase → the phase."""
         found, start = {}, 0

@@ -46,7 +46,8 @@ def test_a_pool_is_trained_measured_and_drawn(run: Path) -> None:
     assert len(members) == 4 and members["params_m"].is_monotonic_increasing
     assert (members[["latency_ms", "macs_g"]] > 0).all().all() and members["ap"].between(0, 1).all()
     assert [json.loads(line)["epoch"] for line in (run / "progress.jsonl").read_text().splitlines()] == [1, 2, 3]
-    assert {path.name for path in (run / "pictures").iterdir()} == {"members.png", "training.png", "statistics.png"}
+    drawn = {path.stem for path in (run / "pictures").iterdir()}
+    assert drawn == {"members", "schedule", "statistics", "training"}
 
 
 def test_a_finished_pool_is_only_shown_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

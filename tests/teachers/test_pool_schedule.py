@@ -20,6 +20,11 @@ def test_shrinking_opens_evenly_after_the_largest() -> None:
     assert list(schedule.openings) == [0, 10, 15, 20, 25]
 
 
+def test_the_steps_of_a_phase_are_as_large_as_its_sandwich() -> None:
+    schedule = Schedule.parse("3*largest > 2*sandwich(0.5, 2) > 1*uniform(1, 3)")
+    assert schedule.steps == [(3, 0, 1), (2, 0.5, 4), (1, 1, 3)]
+
+
 def test_what_does_not_divide_is_spread_over_the_openings() -> None:
     schedule = Schedule.shrinking(10, largest=3, openings=4)
     assert [phase.epochs for phase in schedule.phases] == [3, 2, 2, 1, 2]

@@ -51,8 +51,8 @@ def test_the_provided_spaces_have_as_many_members_as_is_said() -> None:
     assert large.count == 3 * 3**4 * (3 * 3 * 18 * 2) == 78_732
     assert large.largest == Member(Arch.resnet101(), 800)
     assert large.why_outside(Member(Arch.resnet50(), 800)) is None
-    # Two widths a stage; one or two blocks, of two inner widths each in three of the stages.
-    assert PoolSpace.parse(SMALL).count == (2 * 2) * (2 * (2 + 4)) ** 3 == 6_912
+    # Stage 1: three widths, one or two blocks; the others five widths, and of each block five inner widths.
+    assert PoolSpace.parse(SMALL).count == (3 * 2) * (5 * (5 + 5**2)) ** 3 == 20_250_000
 
 
 def test_every_choice_is_drawn_uniformly() -> None:

@@ -297,5 +297,5 @@ def _parse_range(reader: TextReader, what: str) -> Range:
 # A space whose largest body is ResNet-101 and which contains ResNet-50, of about as many members (78,732) as GAIA-det's
 # (Bu et al. 2021, 85,000).
 R50_TO_R101 = "bottleneck-32..64/16:128..256/64x1..3-256..512/128x2..4-512..1024/256x6..23-1024..2048/512x2..3@800"
-# For two cores: 20,250,000 members, the largest's body with 16 times the weights of the smallest's.
+# For two cores: 20,250,000 members, bodies of 0.3 to 2.8 million weights.
 SMALL = "basic-=:16..32/8x1..2-32..64/8x1..2(32..64/8)-64..128/16x1..2(64..128/16)-128..256/32x1..2(128..256/32)@192"

@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -32,12 +32,11 @@ from autodet.runtime.plain_training import train_side_by_side
 from autodet.teachers import Member
 from autodet.teachers.pool import PoolError, TeacherPool, read_members
 from autodet.teachers.task import PoolTask
-from autodet.training import Task, Workbench
+from autodet.training import Workbench
 from runs import start_or_resume
 
 RECORDED = ("run", "members", "split", "seed")
 EXTENDABLE = ("workers",)
-Split = Literal["val", "test"]
 RESAMPLES = 2000  # of the bootstrap over members
 
 
@@ -47,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "compare-pool")
     pool, task = TeacherPool.open(options.run / "pool"), pool_task_of(options.run)
     members = spread(read_members(options.run / "pool"), options.members)
+    benches = {m.size: Workbench(replace(task.task, student=pool.spec_of(m), split=options.split)) for m in members}
     config = {"script": "compare_pool", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
     config["members"] = [str(member) for member in members]
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         workers = options.workers or 2
         with ray_running(options.address, cpus=workers * task.task.threads):
             files = train_side_by_side(alone, folder / "alone", float(task.task.device == "cuda"))
-        table = measured(pool, task.task, members, list(files.values()), options.split)
+        table = measured(pool, benches, dict(zip(members, files.values(), strict=True)))
     atomic_write_bytes(folder / "members.csv", table.to_csv(index=False).encode())
     save_picture(folder / "members.png", draw_against_alone(table))
     print_table(table, options.split)
@@ -94,18 +94,15 @@ def spread(measured: pd.DataFrame, count: int) -> list[Member]:
     return [Member.parse(str(text)) for text in measured["member"].iloc[rows]]
 
 
-def measured(pool: TeacherPool, task: Task, members: list[Member], files: list[Path], split: Split) -> pd.DataFrame:
-    """A row a member: AP (0–1) in the pool and alone, on the split."""
-    benches: dict[int, Workbench] = {}
+def measured(pool: TeacherPool, benches: Mapping[int, Workbench], alone: Mapping[Member, Path]) -> pd.DataFrame:
+    """A row a member: AP (0–1) in the pool and alone, on the benches' split. benches: by input size."""
     rows = []
-    for member, file in zip(members, files, strict=True):
-        if member.size not in benches:
-            benches[member.size] = Workbench(replace(task, student=pool.spec_of(member), split=split))
-        bench = benches[member.size]
+    for member, file in alone.items():
+        bench, task = benches[member.size], benches[member.size].task
         taken = pool.take(member, bench.train_loader, Path(task.cache), task.device)
         detector, _ = load_detector(file)
         detector.model.to(task.device)
-        rows.append((str(member), bench.measure(taken).ap, bench.measure(detector).ap))
+        rows.append((str(member), bench.measure(taken).ap or 0.0, bench.measure(detector).ap or 0.0))
         logging.info("%s  AP %.4f in the pool, %.4f alone", *rows[-1])
     table = pd.DataFrame(rows, columns=["member", "pool", "alone"])
     table["gap"] = table["alone"] - table["pool"]

@@ -30,18 +30,21 @@ def named_teacher(named: Path, task: Task, size: int | None, folder: Path) -> Pa
     found = pool_and_member(named)
     if found is None and is_detector_file(named):
         return named.resolve()
-    name = named.stem if found is None else f"member-{hashlib.sha256(str(named).encode()).hexdigest()[:12]}"
+    pool, member = (None, None) if found is None else (TeacherPool.open(found[0]), found[1])
+    name = named.stem
+    if pool is not None:  # by content: the same path may hold another pool tomorrow
+        name = f"member-{hashlib.sha256(f'{pool.hash} {member}'.encode()).hexdigest()[:12]}"
     rebuilt = folder / "teacher" / f"{name}.safetensors"
     if not rebuilt.exists():
         rebuilt.parent.mkdir(parents=True, exist_ok=True)
-        detector = load_any_detector(named, task.student.labels, size) if found is None else _taken(*found, task)
+        detector = load_any_detector(named, task.student.labels, size) if pool is None else _taken(pool, member, task)
         save_detector(rebuilt, detector, {"source": str(named.resolve())})
     return rebuilt.resolve()
 
 
 def pool_and_member(named: Path) -> tuple[Path, Member | None] | None:
     """``POOL`` or ``POOL:<member>``, where POOL is a folder; None where a file is named instead."""
-    text, _, member = str(named).partition(":")
+    text, _, member = (str(named), "", "") if named.is_dir() else str(named).partition(":")
     folder = Path(text)
     if not folder.is_dir():
         return None
@@ -49,9 +52,8 @@ def pool_and_member(named: Path) -> tuple[Path, Member | None] | None:
     return folder, Member.parse(member) if member else None
 
 
-def _taken(folder: Path, member: Member | None, task: Task) -> Detector:
-    pool = TeacherPool.open(folder)
+def _taken(pool: TeacherPool, member: Member | None, task: Task) -> Detector:
     member = member or pool.space.largest
     spec = pool.spec_of(member)
     loader = Workbench(replace(task, student=spec, fraction=1.0, teacher=None)).train_loader
-    return pool.take(member, loader, Path(task.cache))
+    return pool.take(member, loader, Path(task.cache), task.device)

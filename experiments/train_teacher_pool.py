@@ -19,12 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from pool_presets import PoolPreset, pool_preset_of
 from presets import preset_of
 
 from autodet.data import BatchKey
-from autodet.detectors import detect
+from autodet.detectors import build, detect
 from autodet.distill import Formula
 from autodet.evaluation import count_macs, count_params, measure_latencies_interleaved
 from autodet.records import Cost
@@ -32,14 +33,26 @@ from autodet.results.pool_plots import draw_schedule, save_picture, save_pool_pi
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.pool_training import PROGRESS, train_pool
 from autodet.teachers import Member, PoolSettings, PoolSpace, Schedule
-from autodet.teachers.pool import MANIFEST, MEMBERS, MemberRow, TeacherPool, save_members, save_pool
+from autodet.teachers.pool import (
+    MANIFEST,
+    MEMBERS,
+    RECALIBRATION_BATCH,
+    RECALIBRATION_IMAGES,
+    MemberRow,
+    TeacherPool,
+    save_members,
+    save_pool,
+)
 from autodet.teachers.statistics import recalibrate
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task
 from runs import checked_labels, data_folder, start_or_resume
 
-RECORDED = ("preset", "family", "data", "cache", "space", "schedule", "formula", "parts", "check_every", "seed")
-EXTENDABLE = ("workers", "members")
+RECORDED = (
+    *("preset", "family", "data", "cache", "space", "schedule", "formula", "parts", "check_every", "members"),
+    "seed",
+)
+EXTENDABLE = ("workers",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "train-teacher-pool")
     check_address(options.address)
     preset = pool_preset_of(options.preset, options.family)
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--preset {options.preset} needs a GPU on this machine as well, where members are measured.")
     task = pool_task(options, preset)
     print(f"{task.space.count:,} members; {task.pool.schedule}\n{task.pool.schedule.table(task.space)}")
     config = {"script": "train_teacher_pool", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
@@ -57,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
         save_picture(folder / "pictures" / "schedule.png", draw_schedule(task.pool.schedule.steps))
         if not (folder / "pool" / MANIFEST).exists():
-            workers = options.workers or preset.workers
+            workers = worker_range(options.workers) if options.workers else preset.workers
             most = workers if isinstance(workers, int) else workers[1]
             with ray_running(options.address, cpus=most * task.task.threads):
                 checkpoint = train_pool(task, folder, workers, float(task.task.device == "cuda"))
@@ -74,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed training are the recorded ones, except workers and address."""
-    parser = common_options(__doc__ or "", workers=worker_range)
+    parser = common_options(__doc__ or "", workers=worker_text)
     data_options(parser)
     add = parser.add_argument
     add("--space", help="of members, as a PoolSpace's text (default: the preset's)")
@@ -86,8 +101,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parsed(parser, argv, "train_teacher_pool", RECORDED, EXTENDABLE)
 
 
+def worker_text(text: str) -> str:
+    """A checked number or range, as an option's type."""
+    worker_range(text)
+    return text
+
+
 def worker_range(text: str) -> int | tuple[int, int]:
-    """``4``, or ``1-4`` for as many as there are, as an option's type."""
+    """``4``, or ``1-4`` for as many as there are."""
     least, dash, most = text.partition("-")
     if not dash:
         return positive(text)
@@ -121,7 +142,7 @@ def keep(bench: PoolBench, checkpoint: Path, folder: Path) -> None:
     """Write the pool of a finished training, with the largest member's norm statistics."""
     trainer = bench.trainer(checkpoint=checkpoint)
     largest = trainer.member(trainer.space.largest)
-    recalibrate(largest, bench.bench.train_loader.eval_batches(16), 256)
+    recalibrate(largest, bench.bench.train_loader.eval_batches(RECALIBRATION_BATCH), RECALIBRATION_IMAGES)
     settings = trainer.pool
     notes = {
         "schedule": str(settings.schedule),
@@ -140,7 +161,9 @@ def spread(space: PoolSpace, count: int, pool: TeacherPool) -> list[Member]:
     rng = random.Random(0)
     drawn = dict.fromkeys(space.sample(rng) for _ in range(8 * count))
     drawn = {member: None for member in drawn if member not in (space.smallest, space.largest)}
-    ordered = sorted(drawn, key=lambda member: count_params(pool.extract(member).model))
+    with torch.device("meta"):
+        size = {member: count_params(build(pool.spec_of(member)).model) for member in drawn}
+    ordered = sorted(drawn, key=size.__getitem__)
     inner = min(max(0, count - 2), len(ordered))
     chosen = [ordered[round((i + 0.5) * len(ordered) / inner - 0.5)] for i in range(inner)]
     return [space.smallest, *chosen, space.largest]

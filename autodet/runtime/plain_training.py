@@ -9,7 +9,9 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.exceptions import RayError
 
+from autodet.search.session import MachineError
 from autodet.training import Task, train_plain
 
 WORKER_FAILURES = 3  # lost workers of one training before the run stops
@@ -19,7 +21,7 @@ def train_side_by_side(tasks: Mapping[str, Task], folder: Path, gpus: float = 0.
     """Train each task's detector without a teacher; name → its file in ``folder/<name>``. Ray must be running.
 
     As many run at a time as Ray has CPUs (GPUs) for; a task takes ``task.threads``. Trainings that ended before are not
-    repeated. Raises the first error of a training.
+    repeated. MachineError with its cause where one fails.
     """
     pending = {}
     for name, task in tasks.items():
@@ -30,7 +32,10 @@ def train_side_by_side(tasks: Mapping[str, Task], folder: Path, gpus: float = 0.
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
         name = pending.pop(done)
-        found[name] = Path(ray.get(done))
+        try:
+            found[name] = Path(ray.get(done))
+        except RayError as error:
+            raise MachineError(f"The training of {name} in {folder} failed: {error}") from error
         logging.info("[%d of %d] trained %s", len(found), len(tasks), name)
     return {name: found[name] for name in tasks}
 

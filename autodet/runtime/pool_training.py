@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray import train
+from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.metrics import Gauge
 
 from autodet.atomic import atomic_write_bytes
+from autodet.search.session import MachineError
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.teachers.trainer import PoolTrainer
 from autodet.teachers.workers import DistributedWorkers
+from autodet.training import Diverged
 
 CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.jsonl"  # in the run's folder: a line an epoch, rewritten from the history, so that none is twice
-WORKER_FAILURES = 8  # lost workers or machines after which the run stops; it goes on with --resume
+DIVERGED = "diverged.txt"
+WORKER_FAILURES = 4  # failures of workers after which the run stops; it goes on with --resume
 RESIZE_SECONDS = 5.0  # between looks for machines that joined
 TRAIN_FOLDER = "train"  # Ray Train's own files in the run's folder, from which a resumed run goes on
 Workers = int | tuple[int, int]  # a fixed number, or the least and the most
@@ -31,9 +37,11 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
 
     A run folder that holds a training goes on from its last checkpoint, with any number of workers. Lost workers and
     machines are replaced, or done without where ``workers`` is a pair (elastic). On several machines the folder must be
-    on storage that all share. Raises what a worker raised (``Diverged``, a full disk) as Ray's TrainingFailedError.
+    on storage that all share. Raises Diverged where the training did, MachineError where workers failed
+    ``WORKER_FAILURES`` times, KeyboardInterrupt on Ctrl-C.
     """
     folder = run_folder.resolve()
+    (folder / DIVERGED).unlink(missing_ok=True)
     threads = task.task.threads
     scaling: dict[str, Any] = {  # Ray's own types are still those before elastic training
         "num_workers": workers,
@@ -51,7 +59,9 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
     trainer = TorchTrainer(
         train_on_worker, train_loop_config=config, scaling_config=train.ScalingConfig(**scaling), run_config=run
     )
-    result = trainer.fit()
+    result = _fit(trainer)
+    if (folder / DIVERGED).exists():
+        raise Diverged((folder / DIVERGED).read_text())
     assert result.checkpoint is not None  # every epoch left one
     kept = folder / CHECKPOINT
     with result.checkpoint.as_directory() as directory:
@@ -59,8 +69,35 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
     return kept
 
 
+def _fit(trainer: TorchTrainer) -> Any:
+    """Ray's own handler of Ctrl-C ends the process with code 0, and stays behind when the training is over."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        raise MachineError(
+            f"The training's workers failed: {error}. Mend the cause and go on with --resume."
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
 def train_on_worker(config: Mapping[str, Any]) -> None:
-    """One worker's loop. Its process group has been set up by Ray: gloo on CPUs, NCCL on GPUs."""
+    """One worker's loop. Its process group has been set up by Ray: gloo on CPUs, NCCL on GPUs.
+
+    A training that diverges does so on all workers at once, as they share every step's gradient. It is told by a file:
+    what a worker raises, Ray takes for a lost worker, and tries again.
+    """
+    try:
+        _train_on_worker(config)
+    except Diverged as error:
+        atomic_write_bytes(Path(config["folder"]) / DIVERGED, str(error).encode())
+
+
+def _train_on_worker(config: Mapping[str, Any]) -> None:
     task = PoolTask.from_json(config["task"])
     torch.set_num_threads(task.task.threads)
     torch.set_flush_denormal(True)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
@@ -43,7 +43,8 @@ class WeightCache:
     """The actor's state and methods; one a node, made by ``cache_of_this_node``.
 
     limit: bytes. Entries without leases go, the one used longest ago first, as soon as all together exceed it; leased
-    ones stay even above it, and so does the one that was asked for last.
+    ones stay even above it, and so does the one that was asked for last. A cache that died starts empty, without
+    leases: they save time, not weights, which are always in their files.
     """
 
     def __init__(self, limit: int = LIMIT_BYTES) -> None:
@@ -104,16 +105,28 @@ class SharedWeights:
 
 
 def cache_of_this_node(limit: int = LIMIT_BYTES) -> Any:
-    """The handle of this node's cache, which is made where there is none. It outlives its maker, with the cluster."""
-    node = ray.get_runtime_context().get_node_id()
+    """The handle of this run's cache on this node, made where there is none; ``drop_caches`` ends those of a run.
+
+    It outlives the trial that makes it.
+    """
+    context = ray.get_runtime_context()
+    node, job = context.get_node_id(), context.get_job_id()  # of this run: another's limit and leases are its own
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightCache)
     return actor.options(
-        name=f"autodet-weights-{node[:12]}",
+        name=f"autodet-weights-{job}-{node[:12]}",
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
     ).remote(limit)
+
+
+def drop_caches() -> None:
+    """End this run's caches on all nodes."""
+    job = ray.get_runtime_context().get_job_id()
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"autodet-weights-{job}-"):
+            ray.kill(ray.get_actor(actor["name"], NAMESPACE))
 
 
 def shared_weights(hash: str, path: Path, lease: str | None = None) -> SharedWeights:
@@ -128,8 +141,11 @@ def shared_weights(hash: str, path: Path, lease: str | None = None) -> SharedWei
             return SharedWeights(ray.get(reference, timeout=60))
         except (ObjectLostError, RayActorError, GetTimeoutError) as error:  # OwnerDiedError is an ObjectLostError
             logging.info("The weight cache of this node is asked again: %s", type(error).__name__)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # what the file's reader said
+        except RayTaskError as error:
+            if isinstance(error.cause, (WeightsError, OSError)):
+                raise error.cause from None  # what the file's reader said
+            logging.info("The weight cache of this node failed: %s", error.cause)  # its memory may be full
+            break
     logging.warning("The weight cache of this node cannot be reached; %s is read by this process alone.", path)
     return SharedWeights(_arrays(hash, str(path)))
 

@@ -28,8 +28,9 @@ class ElasticDetector:
     """A detector of a space's largest member, of which any member can be had.
 
     detector: its parameters are the shared weights. Their gradients are views of ``gradient``, one flat vector, so that
-    a single operation clears them or adds them up over workers; they are never None, and must not be set to it.
-    SpaceError where the detector is not the space's largest member, or its norms are frozen.
+    a single operation clears them or adds them up over workers; they are never None, and must not be set to it. Move
+    the detector to its device and memory format before: a later ``.to`` would cut the views off. SpaceError where the
+    detector is not the space's largest member, or its norms are frozen.
     """
 
     def __init__(self, detector: Detector, space: PoolSpace) -> None:
@@ -42,10 +43,12 @@ class ElasticDetector:
         self._groups = channel_groups(spec)
         parameters = dict(detector.model.named_parameters())
         self._shared: dict[str, Tensor] = {**parameters, **dict(detector.model.named_buffers())}
-        sizes = [parameter.numel() for parameter in parameters.values()]
-        self.gradient = torch.zeros(sum(sizes), device=next(iter(parameters.values())).device)
-        for parameter, part in zip(parameters.values(), torch.split(self.gradient, sizes), strict=True):
-            parameter.grad = part.view(parameter.shape)
+        device = next(iter(parameters.values())).device
+        self.gradient = torch.zeros(sum(parameter.numel() for parameter in parameters.values()), device=device)
+        start = 0
+        for parameter in parameters.values():  # strides as the weights', which may be channels_last
+            parameter.grad = torch.as_strided(self.gradient, parameter.shape, parameter.stride(), start)
+            start += parameter.numel()
         self._active: OrderedDict[Member, Detector] = OrderedDict()
 
     def spec_of(self, member: Member) -> DetectorSpec:

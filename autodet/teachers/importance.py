@@ -34,14 +34,18 @@ def importance_order(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[st
 
 
 def sort_channels(
-    model: nn.Module, spec: DetectorSpec, optimizer: torch.optim.Optimizer | None = None, *copies: nn.Module
+    model: nn.Module,
+    spec: DetectorSpec,
+    order: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    *copies: nn.Module,
 ) -> None:
-    """Put a detector's channels in the order of importance, in place; its outputs stay the same.
+    """Put a detector's channels in an order, in place; its outputs stay the same.
 
-    The optimiser's moments move with their weights, as do the weights of ``copies``, such as averaged ones.
+    order: as ``importance_order`` gives it, any permutation of each group. The optimiser's moments move with their
+    weights, as do the weights of ``copies``, such as averaged ones.
     """
     groups = channel_groups(spec)
-    order = importance_order(model.state_dict(), spec)
     for parameter_of in (model, *copies):
         for name, tensor in parameter_of.state_dict().items():
             _reorder(tensor, groups.get(name, ()), order)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from autodet.teachers.space import Member, PoolSpace, SpaceError
 from autodet.teachers.statistics import recalibrate, statistics_of
 
 FORMAT, VERSION = "autodet-pool", 1
+STATISTICS_FORMAT = 1
 MANIFEST, WEIGHTS, MEMBERS = "manifest.json", "weights.safetensors", "members.csv"
 RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 256, 16  # OFA takes 2,000 images of ImageNet [fewer: ours]
 
@@ -68,9 +70,11 @@ class TeacherPool:
         manifest = read_manifest(folder)
         path = folder / WEIGHTS
         try:
-            state, _ = load_weights(path)
+            state, header = load_weights(path)
         except (WeightsError, OSError) as error:
             raise PoolError(f"{folder} is no complete pool: {error}") from error
+        if header.get("spec") != manifest["spec"]:
+            raise PoolError(f"{path} is of another detector than {folder / MANIFEST} says. Copy both files again.")
         found = weights_hash(state)
         if found != manifest["weights"]:
             raise PoolError(
@@ -101,21 +105,37 @@ class TeacherPool:
         """
         detector = self.extract(member)
         detector.model.to(device)
-        images = min(RECALIBRATION_IMAGES, len(loader.dataset))
-        key = [self.hash, str(member), loader.cache.path.name, loader.dataset.annotations_hash, images]
-        path = None
-        if cache is not None:
-            name = hashlib.sha256(json.dumps([*key, RECALIBRATION_BATCH]).encode()).hexdigest()[:32]
-            path = cache / "statistics" / f"{name}.safetensors"
-            if path.exists():
-                detector.model.load_state_dict(load_weights(path)[0], strict=False)
-                return detector
-        recalibrate(detector, loader.eval_batches(RECALIBRATION_BATCH), images)
+        path = None if cache is None else cache / "statistics" / f"{self._statistics_key(detector, loader)}.safetensors"
+        if path is not None and path.exists() and _put_statistics(detector, path):
+            return detector
+        recalibrate(detector, loader.eval_batches(RECALIBRATION_BATCH), RECALIBRATION_IMAGES)
         detector.model.eval()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_weights(path, statistics_of(detector), {"member": str(member), "pool": self.hash})
         return detector
+
+    def _statistics_key(self, detector: Detector, loader: Loader) -> str:
+        """All that a member's statistics depend on."""
+        images = [loader.cache.path.name, loader.dataset.annotations_hash, RECALIBRATION_IMAGES, RECALIBRATION_BATCH]
+        parts = [STATISTICS_FORMAT, self.hash, str(detector.spec), *images]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _put_statistics(detector: Detector, path: Path) -> bool:
+    """Give a detector the norm statistics of a file; False, and a file less, where it cannot be used."""
+    own = statistics_of(detector)
+    try:
+        kept, _ = load_weights(path)
+        if {name: value.shape for name, value in kept.items()} != {name: value.shape for name, value in own.items()}:
+            raise WeightsError(f"{path} has statistics of other norms.")
+    except (WeightsError, OSError) as error:
+        logging.warning("%s They are measured anew.", error)
+        path.unlink(missing_ok=True)
+        return False
+    for name, value in own.items():
+        value.copy_(kept[name])
+    return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -131,11 +151,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 " written by another program or release."
             )
         space, spec = PoolSpace.parse(manifest["space"]), DetectorSpec.from_json(manifest["spec"])
-        if not isinstance(manifest["weights"], str):
-            raise TypeError(f"weights is {manifest['weights']!r}, expected a hash")
+        if not isinstance(manifest["weights"], str) or not isinstance(manifest["notes"], dict):
+            raise TypeError(f"weights is {manifest['weights']!r}, expected a hash, beside notes")
         if (spec.body, spec.min_size) != (space.largest.body, space.largest.size):
             raise PoolError(f"{path}: the detector {spec} is not the space's largest member, {space.largest}.")
-    except (json.JSONDecodeError, KeyError, TypeError, SpaceError, SpecError) as error:
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError, SpaceError, SpecError) as error:
         raise PoolError(
             f"{path} is no manifest of a pool ({error!r}). Copy it again, or train the pool anew."
         ) from error

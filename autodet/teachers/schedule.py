@@ -38,7 +38,8 @@ class Phase:
         if self.sandwich and self.open == 0 and self.random == 0:
             return f"{self.epochs}*largest"
         kind = "sandwich" if self.sandwich else "uniform"
-        return f"{self.epochs}*{kind}({self.open:g}, {self.random})"
+        share = repr(float(self.open)).removesuffix(".0")
+        return f"{self.epochs}*{kind}({share}, {self.random})"
 
     @classmethod
     def parse(cls, text: str) -> Phase:

@@ -29,13 +29,14 @@ from autodet.distill.inputs import parts_of
 from autodet.distill.outputs import DetectorOutput, output_of
 from autodet.distill.teacher import answer_of
 from autodet.teachers.elastic import ElasticDetector, copies_of, sliced
-from autodet.teachers.importance import sort_channels
+from autodet.teachers.importance import importance_order, sort_channels
 from autodet.teachers.schedule import Schedule, members_of_step
 from autodet.teachers.space import Member, PoolSpace
 from autodet.teachers.statistics import recalibrate
 from autodet.training.loop import Clock, Epoch, Trainer, step_seed
 from autodet.training.settings import TrainSettings
 
+PRESENT = "present"  # under this name, the share of the images whose steps trained a role
 SORTING_IMAGES = 128  # that the norm statistics are measured on before channels are sorted [ours]
 
 
@@ -47,6 +48,10 @@ class Workers(Protocol):
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all workers, in place."""
+        ...
+
+    def share(self, tensor: Tensor) -> None:
+        """Replace a tensor by the first worker's, in place."""
         ...
 
     def merged(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -63,6 +68,9 @@ class Alone:
 
     def add_up(self, tensor: Tensor) -> None:
         """The sum over one."""
+
+    def share(self, tensor: Tensor) -> None:
+        """The first one's own."""
 
     def merged(self, values: Mapping[str, float]) -> dict[str, float]:
         """The sums over one."""
@@ -117,24 +125,36 @@ class PoolTrainer(Trainer):
     ) -> None:
         if settings.epochs != pool.schedule.epochs:
             raise ValueError(f"The recipe has {settings.epochs} epochs, the schedule {pool.schedule.epochs}.")
-        format_ = torch.channels_last if settings.channels_last else torch.contiguous_format
-        detector.model.to(device).to(memory_format=format_)
         for module in detector.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0  # each worker sees other members: tracked statistics would differ
-        self.elastic = ElasticDetector(detector, space)
         self.space, self.pool, self.workers = space, pool, workers or Alone()
         self.history: list[dict[str, Any]] = []  # of the epochs done; in the checkpoint, so that none counts twice
-        self._distillers: dict[Member, Distiller] = {}
-        for size in space.sizes:
-            self._distiller(replace(space.smallest, size=size))  # a formula that is impossible is refused here
         super().__init__(detector, loader, settings, seed, None, checkpoint, device)
+        self.elastic = ElasticDetector(detector, space)  # now that the weights are where and as they will stay
+        # By input size; a formula that is impossible at one is refused here.
+        self._distillers = {size: self._distiller(replace(space.smallest, size=size)) for size in space.sizes}
 
     def _train_epoch(self) -> Epoch:
+        self._agree()
         if self.epoch == self.pool.schedule.sorted_at:
             self._sort()
         epoch = super()._train_epoch()
-        return Epoch(epoch.number, self.workers.merged(epoch.losses), epoch.images, epoch.seconds)
+        sums = self.workers.merged(epoch.losses)
+        # A mean over the images of the steps that trained the role, not over all.
+        losses = {
+            name: value / sums[f"{name.split('/')[0]}/{PRESENT}"]
+            for name, value in sums.items()
+            if not name.endswith(f"/{PRESENT}")
+        }
+        return Epoch(epoch.number, losses, epoch.images, epoch.seconds)
+
+    def _agree(self) -> None:
+        """All workers take the first one's weights, which differ by nothing, or by rounding on unlike machines."""
+        for module in [self.detector.model] + ([self.averaged] if self.averaged is not None else []):
+            for tensor in module.state_dict().values():
+                if tensor.device.type == self.device.type:  # NCCL takes none from elsewhere, such as a counter
+                    self.workers.share(tensor)
 
     def member(self, member: Member) -> Detector:
         """A copy of a member with the weights to evaluate and keep, without norm statistics of its own."""
@@ -143,16 +163,16 @@ class PoolTrainer(Trainer):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: tensors and plain values."""
-        return super().state() | {"pool": self._identity(), "history": json.dumps(self.history)}
+        return super().state() | {"history": json.dumps(self.history)}
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the training that goes on from it must have in common."""
+        pool = {"space": str(self.space), "schedule": str(self.pool.schedule), "formula": str(self.pool.formula)}
+        return super().identity() | pool | {"parts": self.pool.parts}
 
     def restored(self, state: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this pool, and take over its history."""
-        if state.get("pool") != self._identity():
-            raise ValueError(f"The checkpoint is of another pool, {state.get('pool')}, not {self._identity()}.")
+        """Take over the history of a checkpoint."""
         self.history = json.loads(state["history"])
-
-    def _identity(self) -> str:
-        return f"{self.space} | {self.pool.schedule} | {self.pool.formula} | {self.pool.parts}"
 
     def units(self, step: int, key: BatchKey) -> list[Unit]:
         """What a step trains, in the order in which it is dealt to the workers."""
@@ -177,10 +197,10 @@ class PoolTrainer(Trainer):
         for index, unit in enumerate(units):
             if index % self.workers.count != self.workers.rank:
                 continue
-            torch.manual_seed(step_seed(step_seed(self.seed, step), index))
+            seed = step_seed(step_seed(self.seed, step), index)
             part = _part_of(batch, unit.part)
             with self._autocast():
-                losses = self._unit_losses(unit, part, taught if sandwich else None)
+                losses = self._unit_losses(unit, part, taught if sandwich else None, seed)
             total = torch.stack([loss.float() for loss in losses.values()]).sum() * unit.share
             clock.tick("forward")
             with warnings.catch_warnings():
@@ -188,14 +208,15 @@ class PoolTrainer(Trainer):
                 total.backward()  # type: ignore[no-untyped-call]
             clock.tick("backward")
             like = sum(other.role == unit.role and other.part == unit.part for other in units)
-            for name, loss in losses.items():
+            for name, loss in (losses | {PRESENT: torch.ones((), device=self.device)}).items():
                 key = f"{unit.role}/{name}"
                 totals[key] = totals.get(key, torch.zeros((), device=self.device)) + loss.detach() * unit.share / like
         self.workers.add_up(self.elastic.gradient)
         clock.tick("step")
         return totals
 
-    def _unit_losses(self, unit: Unit, part: Batch, taught: _Taught | None) -> dict[str, Tensor]:
+    def _unit_losses(self, unit: Unit, part: Batch, taught: _Taught | None, seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
         detector = self.elastic.activate(unit.member)
         inputs = self._preprocessed(detector, part)
         features = detector.features(inputs)
@@ -210,21 +231,22 @@ class PoolTrainer(Trainer):
         theirs = taught(unit.part, part)
         proposals = theirs.regions.proposals if theirs.regions is not None else None
         ours = output_of(detector, part, inputs, features, dense if theirs.logits is not None else None, proposals)
-        return losses | dict(self._distiller(unit.member)(ours, theirs))
+        torch.manual_seed(step_seed(seed, 0))  # the teacher's pass may have drawn, and runs on some workers only
+        return losses | dict(self._distillers[unit.member.size](ours, theirs))
 
     def _distiller(self, member: Member) -> Distiller:
-        if member not in self._distillers:
-            spec = self.elastic.spec_of(member)
-            distiller = Distiller(self.pool.formula, spec, self.elastic.detector.spec)
-            self._distillers[member] = distiller.to(self.elastic.gradient.device)
-        return self._distillers[member]
+        distiller = Distiller(self.pool.formula, self.elastic.spec_of(member), self.detector.spec)
+        return distiller.to(self.device).eval()
 
     def _sort(self) -> None:
-        """Put channels in order of importance; every worker does the same and so none needs to be told."""
+        """Put channels in the first worker's order of importance: on unlike machines others may differ by rounding."""
         batches = self.loader.eval_batches(self.settings.batch_size)
         recalibrate(self.detector, batches, SORTING_IMAGES)
+        order = importance_order(self.detector.model.state_dict(), self.detector.spec)
+        for channels in order.values():
+            self.workers.share(channels)
         copies = [self.averaged.module] if self.averaged is not None else []
-        sort_channels(self.detector.model, self.detector.spec, self.optimizer, *copies)
+        sort_channels(self.detector.model, self.detector.spec, order, self.optimizer, *copies)
 
 
 class _Taught:

@@ -18,6 +18,10 @@ class DistributedWorkers:
         """Replace a tensor by its sum over all workers, in place."""
         dist.all_reduce(tensor)
 
+    def share(self, tensor: Tensor) -> None:
+        """Replace a tensor by the first worker's, in place."""
+        dist.broadcast(tensor, src=0)
+
     def merged(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums by name over all workers, in an order that is the same everywhere."""
         everyone: list[Mapping[str, float]] = [{}] * self.count

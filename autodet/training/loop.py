@@ -193,19 +193,22 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: tensors and plain values."""
         return {
+            **self.identity(),
             "epoch": self.epoch,
-            "seed": self.seed,
-            "settings": self.settings.to_json(),
             "model": self.detector.model.state_dict(),
             "extra": self.extra.module.state_dict() if self.extra else {},
             "optimizer": self.optimizer.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged is not None else {},
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the training that goes on from it must have in common."""
+        return {"seed": self.seed, "settings": self.settings.to_json()}
+
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; ValueError names the file where it is another training's or unreadable."""
         state = load_checkpoint(path, self.device)
-        for name, ours in (("seed", self.seed), ("settings", self.settings.to_json())):
+        for name, ours in self.identity().items():
             if state.get(name) != ours:
                 raise ValueError(
                     f"{path} is of a training with {name} {state.get(name)}, not {ours}: give another folder."

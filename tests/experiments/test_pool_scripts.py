@@ -67,7 +67,7 @@ def test_a_member_becomes_a_teachers_file(run: Path, member: str, tmp_path: Path
     spec = teachers.named_teacher_spec(named, task_of(run).student, None)
     path = teachers.named_teacher(named, task_of(run), None, tmp_path)
     detector, notes = load_detector(path)
-    assert detector.spec == spec and notes["source"] == str(named)
+    assert detector.spec == spec and notes["source"] == str(named.resolve())
     pool = TeacherPool.open(run / "pool")
     wanted = Member.parse(member[1:]) if member else pool.space.largest
     assert spec == pool.spec_of(wanted)

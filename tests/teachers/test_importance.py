@@ -24,7 +24,7 @@ def test_sorting_leaves_detections_as_they_are(family: str, name: str) -> None:
     images, _ = batch()
     before = detect(detector, images)
     state = {key: value.clone() for key, value in detector.model.state_dict().items()}
-    sort_channels(detector.model, detector.spec)
+    sort_channels(detector.model, detector.spec, importance_order(detector.model.state_dict(), detector.spec))
     assert_same_detections(detect(detector, images), before)
     moved = [key for key, value in detector.model.state_dict().items() if not torch.equal(value, state[key])]
     assert len(moved) > 10
@@ -34,7 +34,7 @@ def test_sorting_leaves_detections_as_they_are(family: str, name: str) -> None:
 @spaces
 def test_after_sorting_importance_falls_in_every_group(family: str, name: str) -> None:
     detector = largest_detector(family, space_of(name))
-    sort_channels(detector.model, detector.spec)
+    sort_channels(detector.model, detector.spec, importance_order(detector.model.state_dict(), detector.spec))
     importance = channel_importance(detector.model.state_dict(), detector.spec)
     counts = channel_counts(detector.spec.body)
     grouped = detector.spec.body.groups > 1  # there the inner channels keep their order
@@ -93,7 +93,8 @@ def test_training_goes_on_as_if_nothing_had_been_sorted(make: type[torch.optim.A
         torch.manual_seed(0)
         trained(detector, optimizer, 2)
         if detector is sorted_:
-            sort_channels(detector.model, detector.spec, optimizer)
+            order = importance_order(detector.model.state_dict(), detector.spec)
+            sort_channels(detector.model, detector.spec, order, optimizer)
         torch.manual_seed(1)
         trained(detector, optimizer, 3)
     images = [image.double() for image in batch()[0]]
@@ -110,7 +111,7 @@ def test_copies_are_sorted_in_the_same_order() -> None:
             tensor.add_(0.01 * torch.randn_like(tensor))  # an order of its own would differ
     before = {key: value.clone() for key, value in averaged.state_dict().items()}
     order = importance_order(detector.model.state_dict(), detector.spec)
-    sort_channels(detector.model, detector.spec, None, averaged)
+    sort_channels(detector.model, detector.spec, order, None, averaged)
     groups = channel_groups(detector.spec)
     after = averaged.state_dict()
     for key, tensor in before.items():

@@ -156,6 +156,20 @@ def test_statistics_are_measured_once_and_kept_by_member_and_images(
     assert len(calls) == 3
 
 
+def test_statistics_that_cannot_be_read_are_measured_anew(folder: Path, loader: Loader, tmp_path: Path) -> None:
+    pool = TeacherPool.open(folder)
+    first = statistics_of(pool.take(SPACE.smallest, loader, tmp_path))
+    (path,) = (tmp_path / "statistics").iterdir()
+    for damage in (path.read_bytes()[:-50], b""):
+        path.write_bytes(damage)
+        again = statistics_of(pool.take(SPACE.smallest, loader, tmp_path))
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+        assert load_weights(path)[0].keys() == first.keys()
+    save_weights(path, {"backbone.body.bn1.running_mean": torch.zeros(8)}, {})
+    again = statistics_of(pool.take(SPACE.smallest, loader, tmp_path))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
 def test_taking_a_member_again_is_quick(folder: Path, loader: Loader, tmp_path: Path) -> None:
     pool = TeacherPool.open(folder)
     pool.take(SPACE.largest, loader, tmp_path)
@@ -198,6 +212,12 @@ def edit(**changes: object) -> Break:
     return apply
 
 
+def relabel(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["spec"]["labels"][0][1] = "cell"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -212,6 +232,9 @@ def edit(**changes: object) -> Break:
         (edit(space="basic-=:8x1"), "is no manifest of a pool"),
         (edit(space="basic-=:8x1-8x1-16x1-16x1@64"), "is not the space's largest member"),
         (edit(weights=None), "weights is None, expected a hash"),
+        (edit(notes=None), "beside notes"),
+        (edit(space=None), "is no manifest of a pool"),
+        (relabel, "is of another detector than"),
     ],
 )
 def test_a_broken_pool_is_refused_by_name(damage: Break, reason: str, folder: Path) -> None:

@@ -32,7 +32,14 @@ def test_what_does_not_divide_is_spread_over_the_openings() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["3*largest", "2*sandwich(1, 0)", "4*uniform(0.5, 3) > 1*largest", "1*largest > 2*sandwich(0.25, 2)"]
+    "text",
+    [
+        "3*largest",
+        "2*sandwich(1, 0)",
+        "2*sandwich(0.8333333333333334, 1)",
+        "4*uniform(0.5, 3) > 1*largest",
+        "1*largest > 2*sandwich(0.25, 2)",
+    ],
 )
 def test_a_schedule_survives_printing_and_parsing(text: str) -> None:
     assert str(Schedule.parse(text)) == text

@@ -20,7 +20,7 @@ from autodet.data.shapes import CATEGORY_IDS
 from autodet.detectors import build
 from autodet.detectors.spec import FAMILIES
 from autodet.distill.formula import Formula
-from autodet.teachers.importance import channel_importance
+from autodet.teachers.importance import channel_importance, importance_order
 from autodet.teachers.schedule import Schedule
 from autodet.teachers.statistics import recalibrate
 from autodet.teachers.trainer import Alone, PoolSettings, PoolTrainer, Workers
@@ -33,7 +33,7 @@ SPACE = space_of("tied")
 FORMULAS = {
     "faster_rcnn": "global: l2; logits.dense: sigmoid | l2; logits.roi: softmax(c) | kl",
     "retinanet": "global: l2; logits.dense: l2 * 0.1",
-    "fcos": "fg: l2; logits.dense: sigmoid | l1",
+    "fcos": "fg: mask(0.35) | l2; logits.dense: sigmoid | l1",
 }
 Make = Callable[..., PoolTrainer]
 
@@ -75,9 +75,10 @@ def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts:
     """One process of a group: trains, and leaves its weights and reports in a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=count)
-    trainer = make(family, DistributedWorkers(), parts)
+    trainer = make(family, DistributedWorkers(), parts, ema=0.5)
     losses = [dict(epoch.losses) for epoch in trainer.epochs()]
-    torch.save({"weights": weights(trainer), "losses": losses}, meeting / f"{rank}.pt")
+    averaged = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    torch.save({"weights": weights(trainer), "averaged": averaged, "losses": losses}, meeting / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -92,7 +93,7 @@ def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts:
 )
 def test_workers_together_train_as_one_alone(family: str, count: int, parts: int, make: Make, tmp_path: Path) -> None:
     """Members dealt to workers, parts of the batch dealt to workers, and numbers that do not divide."""
-    alone = make(family, None, parts)
+    alone = make(family, None, parts, ema=0.5)
     reports = [epoch.losses for epoch in alone.epochs()]
     context = mp.get_context("fork")
     processes = [
@@ -107,6 +108,8 @@ def test_workers_together_train_as_one_alone(family: str, count: int, parts: int
         saved = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, expected in weights(alone).items():
             torch.testing.assert_close(saved["weights"][name], expected, rtol=0, atol=1e-5)
+        for name, parameter in alone.model.named_parameters():
+            torch.testing.assert_close(saved["averaged"][name], parameter.detach(), rtol=0, atol=1e-5)
         for ours, theirs in zip(saved["losses"], reports, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
@@ -118,6 +121,8 @@ class Half:
         self.rank, self.count = rank, 2
 
     def add_up(self, tensor: Tensor) -> None: ...
+
+    def share(self, tensor: Tensor) -> None: ...
 
     def merged(self, values: Mapping[str, float]) -> dict[str, float]:
         return dict(values)
@@ -207,6 +212,57 @@ def test_statistics_are_not_tracked_in_training(make: Make) -> None:
     trainer._accumulate(0, trainer.loader.load(trainer.loader.keys(0)[0]), Clock())
     after = dict(trainer.detector.model.named_buffers())
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_losses_of_a_role_are_means_over_the_steps_that_trained_it(make: Make) -> None:
+    """A random member that happens to be the largest is trained once, as the largest: its step has none of its role."""
+    trainer = make("fcos", schedule="1*uniform(1, 1)", formula="none")
+    roles = [trainer.units(step, key)[0].role for step, key in enumerate(trainer.loader.keys(0))]
+    (report,) = [epoch.losses for epoch in trainer.epochs()]
+    assert {name.split("/")[0] for name in report} == set(roles)
+    assert all(value > 0.3 for name, value in report.items() if name.endswith("/classification"))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_gradient_is_a_view_of_the_flat_vector(channels_last: bool, make: Make, loader: Loader) -> None:
+    plain = make("fcos")
+    settings = replace(plain.settings, channels_last=channels_last)
+    trainer = PoolTrainer(build(plain.detector.spec), SPACE, loader, settings, plain.pool, 0)
+    start = trainer.elastic.gradient.data_ptr()
+    end = start + 4 * trainer.elastic.gradient.numel()
+    for parameter in trainer.detector.model.parameters():
+        assert parameter.grad is not None and start <= parameter.grad.data_ptr() < end
+        assert parameter.grad.stride() == parameter.stride()
+    trainer.elastic.gradient.fill_(1.0)
+    assert all(bool((p.grad == 1).all()) for p in trainer.detector.model.parameters() if p.grad is not None)
+
+
+class First:
+    """The second of two workers: takes what the first one says."""
+
+    def __init__(self, orders: list[Tensor]) -> None:
+        self.rank, self.count, self.orders = 1, 2, orders
+
+    def add_up(self, tensor: Tensor) -> None: ...
+
+    def share(self, tensor: Tensor) -> None:
+        tensor.copy_(self.orders.pop(0))
+
+    def merged(self, values: Mapping[str, float]) -> dict[str, float]:
+        return dict(values)
+
+
+def test_all_workers_sort_as_the_first(make: Make) -> None:
+    trainer = make("fcos", ema=0.9)
+    before = {name: value.clone() for name, value in trainer.detector.model.named_parameters()}
+    order = importance_order(trainer.detector.model.state_dict(), trainer.detector.spec)
+    reversed_ = {group: channels.flip(0) for group, channels in order.items()}
+    trainer.workers = First(list(reversed_.values()))
+    trainer._sort()
+    name = "backbone.body.layer2.0.conv1.weight"
+    expected = before[name][reversed_["layer2.0.conv1"]][:, reversed_["layer1"]]
+    assert torch.equal(trainer.detector.model.get_parameter(name), expected)
+    assert torch.equal(trainer.model.get_parameter(name), expected)  # the averaged weights, which were equal
 
 
 def test_channels_are_sorted_once_before_the_widths_open(make: Make) -> None:

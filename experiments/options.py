@@ -18,8 +18,9 @@ from autodet.detectors.spec import FAMILIES
 from autodet.lease import LeaseHeld, LeaseLost
 from autodet.ledger import Ledger, LedgerError
 from autodet.search.session import MachineError
+from autodet.training import Diverged
 
-USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost, MachineError)
+USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost, MachineError, Diverged)
 INTERRUPTED = 130
 PATHS = ("data", "cache", "teacher", "run")
 

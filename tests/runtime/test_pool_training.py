@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from detector_cases import small_spec
+from ray.train import WorkerGroupError
 
 from autodet.data.shapes import CATEGORY_IDS
 from autodet.distill import Formula
+from autodet.runtime import pool_training
 from autodet.runtime.pool_training import PROGRESS, train_pool
+from autodet.search.session import MachineError
 from autodet.teachers import PoolSettings, PoolSpace, Schedule
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.teachers.trainer import PoolTrainer
-from autodet.training import Task, TrainSettings
+from autodet.training import Diverged, Task, TrainSettings
 
 LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
 
@@ -74,3 +77,35 @@ def assert_same(one: PoolTrainer, other: PoolTrainer) -> None:
     for name, parameter in one.model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-3)
         assert float((parameter - expected[name]).abs().mean().detach()) < 1e-5, name
+
+
+class Fails:
+    """A training that ends with an error."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def fit(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray leaves one of its own behind
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [(SystemExit(0), KeyboardInterrupt), (WorkerGroupError("full disk", {0: OSError("full disk")}), MachineError)],
+)
+def test_how_a_training_ends_is_told_in_our_words(error: BaseException, becomes: type[BaseException]) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(becomes) as told:
+        pool_training._fit(Fails(error))  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert becomes is KeyboardInterrupt or "full disk" in str(told.value)
+
+
+def test_a_diverged_training_is_told_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(config: object) -> None:
+        raise Diverged("The gradient's norm is nan at step 7.")
+
+    monkeypatch.setattr(pool_training, "_train_on_worker", diverge)
+    pool_training.train_on_worker({"folder": str(tmp_path)})
+    assert (tmp_path / pool_training.DIVERGED).read_text() == "The gradient's norm is nan at step 7."

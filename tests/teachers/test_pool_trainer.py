@@ -18,7 +18,6 @@ from torch import Tensor
 from autodet.data import BatchPlan, ImageCache, Loader, read_dataset
 from autodet.data.shapes import CATEGORY_IDS
 from autodet.detectors import build
-from autodet.detectors.spec import FAMILIES
 from autodet.distill.formula import Formula
 from autodet.teachers.importance import channel_importance, importance_order
 from autodet.teachers.schedule import Schedule
@@ -84,12 +83,7 @@ def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts:
 
 @pytest.mark.parametrize(
     ("family", "count", "parts"),
-    [
-        *((family, 2, 1) for family in FAMILIES),
-        *((family, 3, 2) for family in FAMILIES),
-        ("fcos", 4, 1),
-        ("fcos", 2, 2),
-    ],
+    [("fcos", 3, 2), ("fcos", 4, 1), ("retinanet", 2, 1), ("faster_rcnn", 2, 1), ("faster_rcnn", 2, 2)],
 )
 def test_workers_together_train_as_one_alone(family: str, count: int, parts: int, make: Make, tmp_path: Path) -> None:
     """Members dealt to workers, parts of the batch dealt to workers, and numbers that do not divide."""
@@ -144,7 +138,7 @@ def test_every_unit_is_trained_by_exactly_one_worker(make: Make) -> None:
 def test_resumed_after_any_epoch_it_ends_with_the_same_pool(family: str, make: Make, tmp_path: Path) -> None:
     whole = make(family, ema=0.9)
     list(whole.epochs())
-    for stop in (1, 2):
+    for stop in (1, 2) if family == "fcos" else (2,):  # before and after channels are sorted
         path = tmp_path / family / f"{stop}.pt"
         first = make(family, ema=0.9, checkpoint=path)
         for _, _ in zip(range(stop + 1), first.epochs(), strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,17 @@ from autodet.detectors import Arch, DetectorSpec, build, save_detector
 
 IMAGE_SIZE = (96, 64)  # width, height
 TRAIN_IMAGES, VAL_IMAGES = 8, 4
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and the imported libraries stay to the end: the garbage collector need not go through them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries expect to be collected at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,6 +106,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One local Ray for all tests that need it, without its dashboard's authentication."""
     from autodet.runtime.cluster import ray_running  # here, so that the core's tests run where Ray is not installed
 
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    # Ray's workers are as urgent as the tests that wait for them.
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     with ray_running("local", cpus=2):
         yield

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pool_presets
 import pytest
 import search_distiller
 import teachers
+import torch
 import train_teacher_pool
 from detector_cases import small_spec
 
@@ -19,33 +24,67 @@ from autodet.detectors import build, load_detector, save_detector
 from autodet.detectors.spec import FAMILIES
 from autodet.distill import why_incomparable
 from autodet.ledger import Ledger
+from autodet.runtime.pool_training import PROGRESS
 from autodet.teachers import Member, ScheduleError, SpaceError
 from autodet.teachers.elastic import member_spec
 from autodet.teachers.pool import PoolError, TeacherPool
+from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task, TrainSettings
 
+SCHEDULE = "1*largest > 1*sandwich(0.5, 1) > 7*sandwich(1, 1)"
 LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
+
+
+def kill_a_worker(folder: Path, after: int, killed: list[int]) -> None:
+    """Kill one of Ray Train's workers once some epochs are done."""
+    while not (folder / PROGRESS).exists() or len((folder / PROGRESS).read_text().splitlines()) < after:
+        time.sleep(0.05)
+    titles = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    workers = [int(pid) for pid, title in titles.items() if b"RayTrainWorker" in title]
+    os.kill(workers[-1], signal.SIGKILL)
+    killed.append(workers[-1])
 
 
 @pytest.fixture(scope="module")
 def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished pool at preset smoke."""
+    """A finished pool at preset smoke, one of whose two workers was killed in the middle of its training."""
     folder = tmp_path_factory.mktemp("runs") / "pool"
     cache = str(tmp_path_factory.mktemp("cache"))
-    options = ["--preset", "smoke", "--family", "fcos", "--workers", "1", "--output", str(folder), "--cache", cache]
-    assert train_teacher_pool.main(options) == 0
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(folder, 3, killed), daemon=True)
+    killer.start()
+    options = ["--preset", "smoke", "--family", "fcos", "--output", str(folder), "--cache", cache]
+    # A formula that does not divide by small deviations, so that rounding stays as small as it is.
+    options += ["--schedule", SCHEDULE, "--check-every", "3", "--formula", "global: l2 * 0.1"]
+    assert train_teacher_pool.main([*options, "--workers", "2"]) == 0
+    assert len(killed) == 1
     return folder
+
+
+def test_a_lost_worker_changes_nothing_and_no_epoch_counts_twice(run: Path) -> None:
+    """Two workers, one of which was lost, against one process that does everything."""
+    task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
+    bench = PoolBench(task)
+    alone = bench.trainer()
+    bench.train(alone, lambda trainer, entry: None)
+    history = [json.loads(line) for line in (run / PROGRESS).read_text().splitlines()]
+    assert [entry["epoch"] for entry in history] == list(range(1, task.task.settings.epochs + 1))
+    assert history[-1]["ap"].keys() == {"largest", "smallest", "random 1", "random 2"}
+    for ours, theirs in zip(history, alone.history, strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-2)
+    found = TeacherPool.open(run / "pool").extract(task.space.largest).model
+    for name, parameter in alone.member(task.space.largest).model.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), parameter, rtol=0, atol=1e-5)
 
 
 def test_a_pool_is_trained_measured_and_drawn(run: Path) -> None:
     pool = TeacherPool.open(run / "pool")
-    assert pool.notes["schedule"] == "1*largest > 1*sandwich(0.5, 1) > 1*sandwich(1, 1)"
+    assert pool.notes["schedule"] == SCHEDULE
     members = pd.read_csv(run / "pool" / "members.csv")
     assert members["member"].iloc[0] == str(pool.space.smallest)
     assert members["member"].iloc[-1] == str(pool.space.largest)
     assert len(members) == 4 and members["params_m"].is_monotonic_increasing
     assert (members[["latency_ms", "macs_g"]] > 0).all().all() and members["ap"].between(0, 1).all()
-    assert [json.loads(line)["epoch"] for line in (run / "progress.jsonl").read_text().splitlines()] == [1, 2, 3]
     drawn = {path.stem for path in (run / "pictures").iterdir()}
     assert drawn == {"members", "schedule", "statistics", "training"}
 

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from autodet.detectors import Detector, adapt, build, detect
 from autodet.detectors.channels import channel_counts, channel_groups
+from autodet.detectors.spec import FAMILIES
 from autodet.teachers.elastic import KEPT, ElasticDetector
 from autodet.teachers.space import Member, PoolSpace, SpaceError
 
-spaces = pytest.mark.parametrize("name", SPACES)
+# Every family on one space, and every space with one family.
+CASES = [(family, "tied") for family in FAMILIES] + [("retinanet", name) for name in SPACES if name != "tied"]
+every = pytest.mark.parametrize(("family", "name"), CASES)
 
 
 def some_members(space: PoolSpace, count: int = 4) -> list[Member]:
@@ -25,8 +28,7 @@ def some_members(space: PoolSpace, count: int = 4) -> list[Member]:
     return [space.largest, space.smallest, *(space.sample(rng) for _ in range(count))]
 
 
-@families
-@spaces
+@every
 def test_an_activated_member_equals_the_extracted_one(family: str, name: str) -> None:
     space = space_of(name)
     elastic = ElasticDetector(largest_detector(family, space), space)
@@ -39,8 +41,7 @@ def test_an_activated_member_equals_the_extracted_one(family: str, name: str) ->
                 torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-6)
 
 
-@families
-@spaces
+@every
 def test_a_member_equals_a_plain_detector_with_weights_cut_by_hand(family: str, name: str) -> None:
     """Independent of the table of channel groups: every tensor's leading corner, by the shapes of a fresh detector."""
     space = space_of(name)
@@ -69,8 +70,7 @@ def test_the_largest_member_is_the_detector_itself(family: str) -> None:
     assert_same_detections(detect(elastic.extract(space.largest), images), before)
 
 
-@families
-@spaces
+@every
 def test_a_members_gradient_is_the_plain_detectors_in_its_slices_and_zero_elsewhere(family: str, name: str) -> None:
     space = space_of(name)
     elastic = ElasticDetector(largest_detector(family, space), space)
@@ -189,8 +189,7 @@ def test_a_detector_that_is_not_the_largest_member_is_refused() -> None:
         elastic.activate(replace(space.largest, size=65))
 
 
-@families
-@spaces
+@every
 def test_the_groups_fit_every_tensor_of_the_body_and_what_reads_it(family: str, name: str) -> None:
     """A channel group has one size wherever it occurs, and every tensor whose shape depends on a width is listed."""
     space = space_of(name)

@@ -26,6 +26,7 @@ from autodet.teachers.trainer import Alone, PoolSettings, PoolTrainer, Workers
 from autodet.teachers.workers import DistributedWorkers
 from autodet.training import Trainer, TrainSettings
 from autodet.training.loop import Clock
+from autodet.training.settings import Optimizer
 
 LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
 SPACE = space_of("tied")
@@ -55,11 +56,12 @@ def make(loader: Loader) -> Make:
         formula: str | None = None,
         checkpoint: Path | None = None,
         ema: float = 0.0,
+        optimizer: Optimizer = "adamw",
     ) -> PoolTrainer:
         torch.manual_seed(0)
         detector = stirred(replace(small_spec(family, LABELS), body=SPACE.largest.body))
         plan = Schedule.parse(schedule)
-        settings = TrainSettings(plan.epochs, batch_size=3, lr=1e-3, warmup=2, ema=ema)
+        settings = TrainSettings(plan.epochs, batch_size=3, lr=1e-3, warmup=2, ema=ema, optimizer=optimizer)
         chosen = Formula.parse(FORMULAS[family] if formula is None else formula)
         return PoolTrainer(detector, SPACE, loader, settings, PoolSettings(plan, chosen, parts), 0, workers, checkpoint)
 
@@ -74,7 +76,7 @@ def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts:
     """One process of a group: trains, and leaves its weights and reports in a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=count)
-    trainer = make(family, DistributedWorkers(), parts, ema=0.5)
+    trainer = make(family, DistributedWorkers(), parts, ema=0.5, optimizer="sgd")
     losses = [dict(epoch.losses) for epoch in trainer.epochs()]
     averaged = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
     torch.save({"weights": weights(trainer), "averaged": averaged, "losses": losses}, meeting / f"{rank}.pt")
@@ -83,11 +85,14 @@ def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts:
 
 @pytest.mark.parametrize(
     ("family", "count", "parts"),
-    [("fcos", 3, 2), ("fcos", 4, 1), ("retinanet", 2, 1), ("faster_rcnn", 2, 1), ("faster_rcnn", 2, 2)],
+    [("fcos", 3, 2), ("retinanet", 2, 1), ("faster_rcnn", 2, 2)],
 )
 def test_workers_together_train_as_one_alone(family: str, count: int, parts: int, make: Make, tmp_path: Path) -> None:
-    """Members dealt to workers, parts of the batch dealt to workers, and numbers that do not divide."""
-    alone = make(family, None, parts, ema=0.5)
+    """Members dealt to workers, parts of the batch dealt to workers, and numbers that do not divide.
+
+    By SGD: gradients differ by rounding, and where one is as small as that, AdamW's step would be any.
+    """
+    alone = make(family, None, parts, ema=0.5, optimizer="sgd")
     reports = [epoch.losses for epoch in alone.epochs()]
     context = mp.get_context("fork")
     processes = [

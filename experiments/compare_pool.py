@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from options import common_options, main_of, new_folder, parsed, positive, recorded
+from runs import start_or_resume
 
 from autodet.atomic import atomic_write_bytes
 from autodet.detectors import load_detector
@@ -33,7 +34,6 @@ from autodet.teachers import Member
 from autodet.teachers.pool import PoolError, TeacherPool, read_members
 from autodet.teachers.task import PoolTask
 from autodet.training import Workbench
-from runs import start_or_resume
 
 RECORDED = ("run", "members", "split", "seed")
 EXTENDABLE = ("workers",)

@@ -23,6 +23,7 @@ import torch
 from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from pool_presets import PoolPreset, pool_preset_of
 from presets import preset_of
+from runs import checked_labels, data_folder, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import build, detect
@@ -46,7 +47,6 @@ from autodet.teachers.pool import (
 from autodet.teachers.statistics import recalibrate
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task
-from runs import checked_labels, data_folder, start_or_resume
 
 RECORDED = (
     *("preset", "family", "data", "cache", "space", "schedule", "formula", "parts", "check_every", "members"),

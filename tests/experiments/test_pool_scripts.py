@@ -119,7 +119,7 @@ def test_what_is_no_teacher_is_refused_before_anything_starts(run: Path, tmp_pat
         teachers.named_teacher_spec(tmp_path, student, None)
     with pytest.raises(SpaceError, match="is no member of the pool"):
         teachers.named_teacher_spec(Path(f"{run / 'pool'}:basic-9:9x1-8x1-16x1-16x1@64"), student, None)
-    options = ["--preset", "smoke", "--family", "fcos", "--output", str(tmp_path / "new")]
+    options = ["--preset", "smoke", "--family", "fcos", "--output", str(tmp_path / "new"), "--cache", str(tmp_path)]
     with pytest.raises(SpaceError, match="Expected a member as"):
         search_distiller.main([*options, "--teacher", f"{run / 'pool'}:nonsense"])
     assert not (tmp_path / "new").exists()

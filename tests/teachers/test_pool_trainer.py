@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detector_cases import families, small_spec, stirred
+from detector_cases import small_spec, stirred
 from pool_cases import space_of
 from torch import Tensor
 
@@ -139,7 +139,7 @@ def test_every_unit_is_trained_by_exactly_one_worker(make: Make) -> None:
     assert float(first.elastic.gradient.norm()) > 0 and float(second.elastic.gradient.norm()) > 0
 
 
-@families
+@pytest.mark.parametrize("family", ["fcos", "faster_rcnn"])
 def test_resumed_after_any_epoch_it_ends_with_the_same_pool(family: str, make: Make, tmp_path: Path) -> None:
     whole = make(family, ema=0.9)
     list(whole.epochs())

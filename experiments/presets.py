@@ -85,7 +85,7 @@ def demo(family: str, teacher_family: str) -> Preset:
         fraction=0.25,
         checks=(2,),
         full=recipe(7, batch_size=4),
-        shapes=(240, 40, 40),
+        shapes=(200, 40, 40),
         search=divide(per_input=4, weights=4, population=1, controls=2, finalists=2, runs=1),
         seeds=3,
     )

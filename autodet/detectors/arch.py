@@ -236,13 +236,19 @@ def _stage_text(block: BlockKind, stage: Stage) -> str:
     return text if stage.inner[0] == default_inner(block, stage.width) else f"{text}({stage.inner[0]})"
 
 
-def _parse(reader: TextReader) -> Arch:
+def parse_blocks(reader: TextReader) -> tuple[BlockKind, int]:
+    """The beginning of a body's text: the kind of block and the number of groups, up to the stem's width."""
     block = cast(BlockKind, reader.word(BLOCKS, "the kind of block"))
     groups = 1
     if reader.skip("[g"):
         groups = reader.number("the number of groups")
         reader.expect("]", "']' after the groups")
     reader.expect("-", "'-' and the stem's width")
+    return block, groups
+
+
+def _parse(reader: TextReader) -> Arch:
+    block, groups = parse_blocks(reader)
     stem = reader.number("the stem's width")
     reader.expect(":", "':' and the stages")
     stages = [_parse_stage(reader, block)]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
-from autodet.detectors.arch import BLOCKS, STAGES, Arch, ArchError, BlockKind, Stage, default_inner
+from autodet.detectors.arch import STAGES, Arch, ArchError, BlockKind, Stage, default_inner, parse_blocks
 from autodet.detectors.arch_text import TextError, TextReader
 
 TRIES = 1000  # of drawing a member under a limit
@@ -258,12 +258,7 @@ def _problem(space: PoolSpace) -> str | None:
 
 
 def _parse(reader: TextReader) -> PoolSpace:
-    block = cast(BlockKind, reader.word(BLOCKS, "the kind of block"))
-    groups = 1
-    if reader.skip("[g"):
-        groups = reader.number("the number of groups")
-        reader.expect("]", "']' after the groups")
-    reader.expect("-", "'-' and the stem's width")
+    block, groups = parse_blocks(reader)
     stem = None if reader.skip("=") else _parse_range(reader, "the stem's width, or '='")
     reader.expect(":", "':' and the stages")
     stages = [_parse_stage(reader)]

@@ -12,7 +12,6 @@ RUN is a finished run of train_teacher_pool.py. Members are a spread of those th
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,18 +20,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from options import common_options, main_of, new_folder, parsed, positive, recorded
-from runs import start_or_resume
+from runs import pool_task_of, start_or_resume
 
 from autodet.atomic import atomic_write_bytes
 from autodet.detectors import load_detector
-from autodet.ledger import Ledger
 from autodet.results.intervals import kendall, mean_interval
 from autodet.results.pool_plots import draw_against_alone, save_picture
 from autodet.runtime.cluster import ray_running
 from autodet.runtime.plain_training import train_side_by_side
 from autodet.teachers import Member
 from autodet.teachers.pool import PoolError, TeacherPool, read_members
-from autodet.teachers.task import PoolTask
 from autodet.training import Workbench
 
 RECORDED = ("run", "members", "split", "seed")
@@ -76,14 +73,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.run is None:
         parser.error("--run RUN is needed: a finished run of train_teacher_pool.py")
     return options
-
-
-def pool_task_of(run: Path) -> PoolTask:
-    """The training of a pool; ValueError where the run is another script's."""
-    config = Ledger.open(run).config
-    if config.get("script") != "train_teacher_pool":
-        raise ValueError(f"{run} is a run of {config.get('script')}, expected one of train_teacher_pool.")
-    return PoolTask.from_json(json.dumps(config["task"]))
 
 
 def spread(measured: pd.DataFrame, count: int) -> list[Member]:

@@ -24,6 +24,7 @@ from autodet.ledger import Ledger
 from autodet.records import Record
 from autodet.runtime.tune_search import run_session
 from autodet.search import Ask, Best, Candidate, FixedList, Session
+from autodet.teachers.task import PoolTask
 from autodet.training import Task, train_plain
 
 
@@ -115,6 +116,14 @@ def read_search(folder: Path) -> SearchRun:
         evaluations_per_input=int(config["search"]["budget_per_input"]),
         found=Formula.parse(json.loads((folder / "found.json").read_text())["formula"]),
     )
+
+
+def pool_task_of(run: Path) -> PoolTask:
+    """The training of a pool; ValueError where the run is another script's."""
+    config = Ledger.open(run).config
+    if config.get("script") != "train_teacher_pool":
+        raise ValueError(f"{run} is a run of {config.get('script')}, expected one of train_teacher_pool.")
+    return PoolTask.from_json(json.dumps(config["task"]))
 
 
 def full_task(

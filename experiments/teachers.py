@@ -8,7 +8,7 @@ from pathlib import Path
 
 from autodet.detectors import Detector, DetectorSpec, is_detector_file, load_any_detector, save_detector
 from autodet.teachers import Member
-from autodet.teachers.pool import TeacherPool, read_manifest
+from autodet.teachers.pool import PoolError, TeacherPool, best_member, read_manifest
 from autodet.training import Task, Workbench
 
 
@@ -43,13 +43,24 @@ def named_teacher(named: Path, task: Task, size: int | None, folder: Path) -> Pa
 
 
 def pool_and_member(named: Path) -> tuple[Path, Member | None] | None:
-    """``POOL`` or ``POOL:<member>``, where POOL is a folder; None where a file is named instead."""
+    """``POOL``, ``POOL:<member>`` or ``POOL:latency_ms<=30``, where POOL is a folder; None where a file is named."""
     text, _, member = (str(named), "", "") if named.is_dir() else str(named).partition(":")
     folder = Path(text)
     if not folder.is_dir():
         return None
     read_manifest(folder)  # a folder that is no pool is refused with the reason
+    if "<=" in member:
+        return folder, best_member(folder, dict(map(_limit, member.split(","))))
     return folder, Member.parse(member) if member else None
+
+
+def _limit(text: str) -> tuple[str, float]:
+    """``latency_ms<=30`` → its two sides."""
+    column, _, value = text.partition("<=")
+    try:
+        return column.strip(), float(value)
+    except ValueError:
+        raise PoolError(f"Expected a limit as latency_ms<=30, found {text!r}.") from None
 
 
 def _taken(pool: TeacherPool, member: Member | None, task: Task) -> Detector:

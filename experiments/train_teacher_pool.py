@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from autodet.evaluation import count_macs, count_params, measure_latencies_inter
 from autodet.records import Cost
 from autodet.results.pool_plots import draw_schedule, save_picture, save_pool_pictures
 from autodet.runtime.cluster import check_address, ray_running
+from autodet.runtime.pool_measuring import Aps, measure_side_by_side
 from autodet.runtime.pool_training import PROGRESS, train_pool
 from autodet.teachers import Member, PoolSettings, PoolSpace, Schedule
 from autodet.teachers.pool import (
@@ -69,17 +71,20 @@ def main(argv: list[str] | None = None) -> int:
     config["task"] = json.loads(task.to_json())
     bench = PoolBench(task)
     bench.trainer()  # a formula or a space that does not suit is refused here
+    gpus = float(task.task.device == "cuda")
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
         save_picture(folder / "pictures" / "schedule.png", draw_schedule(task.pool.schedule.steps))
-        if not (folder / "pool" / MANIFEST).exists():
+        if not (folder / "pool" / MEMBERS).exists():
             workers = worker_range(options.workers) if options.workers else preset.workers
             most = workers if isinstance(workers, int) else workers[1]
             with ray_running(options.address, cpus=most * task.task.threads):
-                checkpoint = train_pool(task, folder, workers, float(task.task.device == "cuda"))
-            keep(bench, checkpoint, folder / "pool")
-            checkpoint.unlink()
-        if not (folder / "pool" / MEMBERS).exists():
-            measure(bench, folder / "pool", options.members or preset.members)
+                if not (folder / "pool" / MANIFEST).exists():
+                    checkpoint = train_pool(task, folder, workers, gpus)
+                    keep(bench, checkpoint, folder / "pool")
+                    checkpoint.unlink()
+                members = spread(task.space, options.members or preset.members, folder / "pool")
+                aps = measure_side_by_side(task, folder, folder / "pool", members, gpus)
+            save_members(folder / "pool", costs(bench, folder / "pool", aps))
     print(pd.read_csv(folder / "pool" / MEMBERS).to_string(index=False))
     progress = [json.loads(line) for line in (folder / PROGRESS).read_text().splitlines()]
     save_pool_pictures(folder / "pictures", pd.read_csv(folder / "pool" / MEMBERS), progress)
@@ -156,9 +161,9 @@ def keep(bench: PoolBench, checkpoint: Path, folder: Path) -> None:
     save_pool(folder, largest, trainer.space, notes)
 
 
-def spread(space: PoolSpace, count: int, pool: TeacherPool) -> list[Member]:
+def spread(space: PoolSpace, count: int, folder: Path) -> list[Member]:
     """The smallest, the largest, and random members between them at even steps of their numbers of parameters."""
-    rng = random.Random(0)
+    rng, pool = random.Random(0), TeacherPool.open(folder)
     drawn = dict.fromkeys(space.sample(rng) for _ in range(8 * count))
     drawn = {member: None for member in drawn if member not in (space.smallest, space.largest)}
     with torch.device("meta"):
@@ -169,20 +174,11 @@ def spread(space: PoolSpace, count: int, pool: TeacherPool) -> list[Member]:
     return [space.smallest, *chosen, space.largest]
 
 
-def measure(bench: PoolBench, folder: Path, count: int) -> None:
-    """members.csv of a pool: AP with and without measured statistics on the task's split, latency, MACs, parameters."""
+def costs(bench: PoolBench, folder: Path, aps: Mapping[Member, Aps]) -> list[MemberRow]:
+    """Latency, multiply-adds and parameters of the members whose APs were measured, now that nothing else runs."""
     pool, task = TeacherPool.open(folder), bench.task.task
     images = [image.to(task.device) for image in bench.bench.eval_loader.load(BatchKey((0,), (False,))).images]
-    members, cache = spread(bench.task.space, count, pool), Path(task.cache)
-    taken = {}
-    aps = {}
-    for member in members:
-        raw = pool.extract(member)
-        raw.model.to(task.device)
-        before = bench.bench.measure(raw).ap or 0.0
-        taken[member] = pool.take(member, bench.bench.train_loader, cache, task.device)
-        aps[member] = (bench.bench.measure(taken[member]).ap or 0.0, before)
-        print(f"{member}  AP {aps[member][0]:.3f} ({before:.3f} before its norm statistics were measured)")
+    taken = {m: pool.take(m, bench.bench.train_loader, Path(task.cache), task.device) for m in aps}
     runs = {str(member): lambda d=detector: detect(d, images) for member, detector in taken.items()}
     latencies = measure_latencies_interleaved(runs, task.device, threads=task.threads)
     rows = []
@@ -191,7 +187,7 @@ def measure(bench: PoolBench, folder: Path, count: int) -> None:
         macs, params = count_macs(runs[str(member)]), count_params(detector.model)
         cost = Cost(latency.median_ms, latency.p90_ms, task.device, task.threads, 1, macs, params)
         rows.append(MemberRow(member, *aps[member], task.split, cost))
-    save_members(folder, rows)
+    return rows
 
 
 if __name__ == "__main__":

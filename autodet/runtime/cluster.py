@@ -7,9 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
+from ray.exceptions import RayError
+
+from autodet.runtime.weight_cache import drop_caches
 
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,4 +57,7 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
     try:
         yield
     finally:
+        if address == "auto":  # the cluster stays, and so would they
+            with suppress(RayError):
+                drop_caches()
         ray.shutdown()

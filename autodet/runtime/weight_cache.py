@@ -94,6 +94,7 @@ class SharedWeights:
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
+        self.names = tuple(arrays)
 
     def __call__(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """A copy of a slice of a tensor."""
@@ -101,7 +102,7 @@ class SharedWeights:
 
     def state(self) -> dict[str, Tensor]:
         """A copy of everything."""
-        return {name: self(name) for name in self._arrays}
+        return {name: self(name) for name in self.names}
 
 
 def cache_of_this_node(limit: int = LIMIT_BYTES) -> Any:

@@ -125,7 +125,7 @@ class Trainer:
         for index, batch in enumerate(self.loader.batches(self.epoch)):
             clock.tick("data")
             step = self.epoch * self.steps_per_epoch + index
-            losses = self._step(step, batch, clock)
+            losses = self.step(step, batch, clock)
             for name, loss in losses.items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + loss.detach() * len(batch.images)
             images += len(batch.images)
@@ -133,7 +133,8 @@ class Trainer:
         means = {name: float(total) / images for name, total in totals.items()}
         return Epoch(self.epoch + 1, means, images, clock.parts)
 
-    def _step(self, step: int, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+    def step(self, step: int, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """Train on one batch. step: its number since the training's beginning, which decides rate and randomness."""
         torch.manual_seed(step_seed(self.seed, step))
         rate = self.settings.rate(step, self.settings.epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:

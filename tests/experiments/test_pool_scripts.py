@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pool_presets
 import pytest
+import ray
 import search_distiller
 import teachers
 import torch
@@ -24,7 +25,10 @@ from autodet.detectors import build, load_detector, save_detector
 from autodet.detectors.spec import FAMILIES
 from autodet.distill import why_incomparable
 from autodet.ledger import Ledger
+from autodet.runtime.pool_measuring import MEASURED, measure_side_by_side
 from autodet.runtime.pool_training import PROGRESS
+from autodet.runtime.weight_cache import cache_of_this_node
+from autodet.search.session import MachineError
 from autodet.teachers import Member, ScheduleError, SpaceError
 from autodet.teachers.elastic import member_spec
 from autodet.teachers.pool import PoolError, TeacherPool
@@ -96,6 +100,27 @@ def test_a_finished_pool_is_only_shown_again(run: Path, capsys: pytest.CaptureFi
     assert "192 members" in capsys.readouterr().out
 
 
+def test_members_are_measured_through_the_cache_and_none_twice(run: Path, tmp_path: Path) -> None:
+    """The same AP as from the pool's folder without Ray; after a stop only those that are missing."""
+    task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
+    pool, bench = TeacherPool.open(run / "pool"), PoolBench(task)
+    members = [task.space.smallest, task.space.largest]
+    found = measure_side_by_side(task, tmp_path, run / "pool", members)
+    for member, (ap, before) in found.items():
+        assert ap == bench.bench.measure(pool.take(member, bench.bench.train_loader)).ap
+        assert before == bench.bench.measure(pool.extract(member)).ap
+    assert pool.hash in ray.get(cache_of_this_node().facts.remote())["kept"]
+    kept = json.dumps({"member": str(members[0]), "ap": 0.75, "ap_before": 0.5})
+    (tmp_path / MEASURED).write_text(kept + "\n")
+    assert measure_side_by_side(task, tmp_path, run / "pool", members) == found | {members[0]: (0.75, 0.5)}
+
+
+def test_a_member_that_cannot_be_measured_stops_with_its_cause(run: Path, tmp_path: Path) -> None:
+    task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
+    with pytest.raises(MachineError, match=r"Measuring basic-8.*no complete pool"):
+        measure_side_by_side(task, tmp_path, tmp_path, [task.space.smallest])
+
+
 def task_of(run: Path) -> Task:
     return Task.from_json(json.dumps(Ledger.open(run).config["task"]["task"]))
 
@@ -111,6 +136,19 @@ def test_a_member_becomes_a_teachers_file(run: Path, member: str, tmp_path: Path
     wanted = Member.parse(member[1:]) if member else pool.space.largest
     assert spec == pool.spec_of(wanted)
     assert teachers.named_teacher(named, task_of(run), None, tmp_path) == path
+
+
+def test_a_teacher_is_the_best_member_within_a_limit(run: Path) -> None:
+    """Against a reading of the table of its own."""
+    members = pd.read_csv(run / "pool" / "members.csv")
+    limit = members["macs_g"].median()
+    best = members[members["macs_g"] <= limit].sort_values("ap").iloc[-1]
+    student = task_of(run).student
+    spec = teachers.named_teacher_spec(Path(f"{run / 'pool'}:macs_g<={limit}, latency_ms <= 1e9"), student, None)
+    assert members.set_index("member").loc[str(Member(spec.body, spec.min_size)), "ap"] == best["ap"]
+    for text, reason in [("macs_g<=0", "has macs_g ≤ 0"), ("macs_g<=x", "Expected a limit"), ("ap<=1", "limits of")]:
+        with pytest.raises(PoolError, match=reason):
+            teachers.named_teacher_spec(Path(f"{run / 'pool'}:{text}"), student, None)
 
 
 def test_what_is_no_teacher_is_refused_before_anything_starts(run: Path, tmp_path: Path) -> None:

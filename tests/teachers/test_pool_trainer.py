@@ -74,13 +74,41 @@ def weights(trainer: PoolTrainer) -> dict[str, Tensor]:
 
 def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts: int) -> None:
     """One process of a group: trains, and leaves its weights and reports in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=count)
-    trainer = make(family, DistributedWorkers(), parts, ema=0.5, optimizer="sgd")
+    trainer = joined(rank, count, meeting, make, family, parts)
     losses = [dict(epoch.losses) for epoch in trainer.epochs()]
     averaged = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
     torch.save({"weights": weights(trainer), "averaged": averaged, "losses": losses}, meeting / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def worker_of_one_epoch(rank: int, count: int, meeting: Path, make: Make, path: Path) -> None:
+    """One process of a group that takes a training on by an epoch."""
+    trainer = joined(rank, count, meeting, make, "fcos", 1)
+    if path.exists():
+        trainer.load(path)
+    next(trainer.epochs())
+    if rank == 0:
+        trainer.save(path)
+    dist.destroy_process_group()
+
+
+def joined(rank: int, count: int, meeting: Path, make: Make, family: str, parts: int) -> PoolTrainer:
+    """The trainer of a process that has found its group."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=count)
+    return make(family, DistributedWorkers(), parts, ema=0.5, optimizer="sgd")
+
+
+def run_group(count: int, target: Callable[..., None], meeting: Path, *arguments: object) -> None:
+    """Run a group of processes to its end."""
+    meeting.mkdir(exist_ok=True)
+    context = mp.get_context("fork")
+    processes = [context.Process(target=target, args=(rank, count, meeting, *arguments)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
 
 
 @pytest.mark.parametrize(
@@ -94,15 +122,7 @@ def test_workers_together_train_as_one_alone(family: str, count: int, parts: int
     """
     alone = make(family, None, parts, ema=0.5, optimizer="sgd")
     reports = [epoch.losses for epoch in alone.epochs()]
-    context = mp.get_context("fork")
-    processes = [
-        context.Process(target=worker, args=(rank, count, tmp_path, make, family, parts)) for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
+    run_group(count, worker, tmp_path, make, family, parts)
     for rank in range(count):
         saved = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, expected in weights(alone).items():
@@ -111,6 +131,18 @@ def test_workers_together_train_as_one_alone(family: str, count: int, parts: int
             torch.testing.assert_close(saved["averaged"][name], parameter.detach(), rtol=0, atol=1e-5)
         for ours, theirs in zip(saved["losses"], reports, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_workers_may_become_more_and_fewer(make: Make, tmp_path: Path) -> None:
+    """Three workers, then one, then two, an epoch each, against one process that trains all epochs."""
+    alone, path = make("fcos", ema=0.5, optimizer="sgd"), tmp_path / "checkpoint.pt"
+    list(alone.epochs())
+    for leg, count in enumerate((3, 1, 2)):
+        run_group(count, worker_of_one_epoch, tmp_path / str(leg), make, path)
+    found = make("fcos", ema=0.5, optimizer="sgd", checkpoint=path)
+    assert found.epoch == 3
+    for name, expected in weights(alone).items():
+        torch.testing.assert_close(weights(found)[name], expected, rtol=0, atol=1e-5)
 
 
 class Half:

@@ -1,0 +1,162 @@
+"""What does it cost to train an elastic pool, to take a member, and to read the pool from several trials?
+
+command:   python experiments/measure_pool_costs.py --run RUN
+hardware:  as the training that RUN holds; nothing else should run meanwhile
+time:      preset cpu about three minutes
+expected:  ratios with 95 % intervals, each of times measured alternately in this process; seconds; megabytes
+
+RUN is a finished run of train_teacher_pool.py. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from options import main_of, positive
+from runs import pool_task_of
+
+from autodet.data import Batch
+from autodet.detectors import build
+from autodet.evaluation import measure_latencies_interleaved
+from autodet.results.intervals import mean_interval
+from autodet.runtime.cluster import ray_running
+from autodet.runtime.weight_cache import SharedWeights, shared_weights
+from autodet.teachers import Member, PoolTrainer, Schedule
+from autodet.teachers.pool import WEIGHTS, TeacherPool, read_manifest
+from autodet.teachers.task import PoolBench
+from autodet.training import Trainer
+from autodet.training.loop import Clock
+
+REPEATS = 3  # of each step; its median counts
+SANDWICH, LARGEST = "1*sandwich(1, 2)", "1*largest"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one thing after the other, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="a finished run of train_teacher_pool.py")
+    parser.add_argument("--batches", type=positive, default=6, help="steps whose costs are averaged (default: 6)")
+    options = parser.parse_args(argv)
+    bench = PoolBench(pool_task_of(options.run))
+    torch.set_num_threads(bench.task.task.threads)
+    torch.set_flush_denormal(True)
+    for text, ratios in step_ratios(bench, options.batches).items():
+        mean, low, high = mean_interval(ratios)
+        print(f"{text}: {mean:.3f} [{low:.3f}, {high:.3f}]")
+    for text, seconds in taking(bench, options.run / "pool").items():
+        print(f"{text}: {seconds:.3f} s")
+    with ray_running("local", cpus=2):
+        for text, megabytes in memory(options.run / "pool").items():
+            print(f"{text}: {megabytes:.1f} MB")
+    return 0
+
+
+def step_ratios(bench: PoolBench, batches: int) -> dict[str, list[float]]:
+    """A ratio for each of some batches: a step of the sandwich to its members' plain steps; the largest member's."""
+    members, alone = trainer_of(bench, SANDWICH), trainer_of(bench, LARGEST)
+    found: dict[str, list[float]] = {}
+    for step, batch in enumerate(itertools.islice(members.loader.batches(0), batches)):
+        plain = {unit.member: plain_trainer(bench, unit.member) for unit in members.units(step, batch.key)}
+        runs = {"sandwich": stepping(members, step, batch), "alone": stepping(alone, step, batch)}
+        runs |= {str(member): stepping(trainer, step, batch) for member, trainer in plain.items()}
+        device, threads = bench.task.task.device, bench.task.task.threads
+        times = {k: v.median_ms for k, v in measure_latencies_interleaved(runs, device, 1, REPEATS, threads).items()}
+        largest = times[str(bench.task.space.largest)]
+        ratios = {
+            "step of the sandwich / plain steps of its members": times["sandwich"] / sum(times[str(m)] for m in plain),
+            "step of the sandwich / plain step of the largest": times["sandwich"] / largest,
+            "step of the largest in the pool / plain step of the largest": times["alone"] / largest,
+        }
+        for text, ratio in ratios.items():
+            found.setdefault(text, []).append(ratio)
+    return found
+
+
+def trainer_of(bench: PoolBench, schedule: str) -> PoolTrainer:
+    """An untrained pool's trainer with another schedule, one epoch long."""
+    task = bench.task
+    settings = replace(task.task.settings, epochs=1)
+    pool = replace(task.pool, schedule=Schedule.parse(schedule))
+    detector = build(task.task.student)
+    loader, device = bench.bench.train_loader, task.task.device
+    return PoolTrainer(detector, task.space, loader, settings, pool, task.task.seed, device=device)
+
+
+def plain_trainer(bench: PoolBench, member: Member) -> Trainer:
+    """A trainer of the member as a detector of its own."""
+    task = bench.task.task
+    detector = build(replace(task.student, body=member.body))
+    return Trainer(detector, bench.bench.train_loader, task.settings, task.seed, device=task.device)
+
+
+def stepping(trainer: Trainer, step: int, batch: Batch) -> Callable[[], object]:
+    """A call that trains one step."""
+    trainer.detector.model.train()
+
+    def run() -> None:
+        with torch.enable_grad():
+            trainer.step(step, batch, Clock())
+
+    return run
+
+
+def taking(bench: PoolBench, folder: Path) -> dict[str, float]:
+    """Seconds to open a pool and to take its largest member, for the first time and again."""
+    loader, device = bench.bench.train_loader, bench.task.task.device
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        started = time.perf_counter()
+        pool = TeacherPool.open(folder)
+        found["opening the pool"] = time.perf_counter() - started
+        for text in ("taking the largest member, its norm statistics measured", "taking it again"):
+            started = time.perf_counter()
+            pool.take(pool.space.largest, loader, Path(cache), device)
+            found[text] = time.perf_counter() - started
+    return found
+
+
+def memory(folder: Path) -> dict[str, float]:
+    """Megabytes of a pool, and what one and two trials hold together once each reads it through the cache."""
+    manifest = read_manifest(folder)
+    path = folder / WEIGHTS
+    reader = ray.remote(num_cpus=0.5)(_Reader)
+    readers: list[Any] = [reader.remote() for _ in range(2)]
+    before = [ray.get(r.megabytes.remote()) for r in readers]
+    found = {"the pool's file": path.stat().st_size / 1e6}
+    for count in (1, 2):
+        ray.get(readers[count - 1].read.remote(manifest["weights"], str(path)))
+        held = [ray.get(r.megabytes.remote()) - b for r, b in zip(readers, before, strict=True)]
+        found[f"held by {count} trial{'s' * (count > 1)} that read it through the cache"] = sum(held)
+    found["a trial's copy of the smallest member"] = ray.get(readers[0].take.remote(manifest))
+    return found
+
+
+class _Reader:
+    """A trial's process."""
+
+    def megabytes(self) -> float:
+        """Of this process; pages that several processes map count in parts."""
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("Pss:"))
+
+    def read(self, hash: str, path: str) -> None:
+        self.weights: SharedWeights = shared_weights(hash, Path(path))
+        _ = [self.weights(name).sum() for name in self.weights.names]  # every page is touched
+
+    def take(self, manifest: Mapping[str, Any]) -> float:
+        pool = TeacherPool.of_manifest(manifest, self.weights)
+        state = pool.extract(pool.space.smallest).model.state_dict()
+        return sum(int(value.nbytes) for value in state.values()) / 1e6
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_of(main))

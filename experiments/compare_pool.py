@@ -107,7 +107,7 @@ def print_table(table: pd.DataFrame, split: str) -> None:
     rng = np.random.default_rng(0)
     draws = [table.iloc[rng.integers(len(table), size=len(table))] for _ in range(RESAMPLES)]
     taus = np.array([kendall(draw["pool"].tolist(), draw["alone"].tolist()) for draw in draws])
-    low, high = np.nanpercentile(taus, (2.5, 97.5))
+    low, high = np.percentile(taus[np.isfinite(taus)], (2.5, 97.5)) if np.isfinite(taus).any() else (np.nan, np.nan)
     print(f"Kendall's τ: {kendall(table['pool'].tolist(), table['alone'].tolist()):.2f} [{low:.2f}, {high:.2f}]")
 
 

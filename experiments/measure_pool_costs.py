@@ -128,8 +128,7 @@ def memory(folder: Path) -> dict[str, float]:
     """Megabytes of a pool, and what one and two trials hold together once each reads it through the cache."""
     manifest = read_manifest(folder)
     path = folder / WEIGHTS
-    reader = ray.remote(num_cpus=0.5)(_Reader)
-    readers: list[Any] = [reader.remote() for _ in range(2)]
+    readers: list[Any] = _start_readers(2)
     before = [ray.get(r.megabytes.remote()) for r in readers]
     found = {"the pool's file": path.stat().st_size / 1e6}
     for count in (1, 2):
@@ -140,22 +139,25 @@ def memory(folder: Path) -> dict[str, float]:
     return found
 
 
-class _Reader:
-    """A trial's process."""
+def _start_readers(count: int) -> list[Any]:
+    """Trials' processes. Their class is made here, so that Ray sends it along: no worker finds this file."""
 
-    def megabytes(self) -> float:
-        """Of this process; pages that several processes map count in parts."""
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("Pss:"))
+    class Reader:
+        def megabytes(self) -> float:
+            """Of this process; pages that several processes map count in parts."""
+            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+            return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("Pss:"))
 
-    def read(self, hash: str, path: str) -> None:
-        self.weights: SharedWeights = shared_weights(hash, Path(path))
-        _ = [self.weights(name).sum() for name in self.weights.names]  # every page is touched
+        def read(self, hash: str, path: str) -> None:
+            self.weights: SharedWeights = shared_weights(hash, Path(path))
+            _ = [self.weights(name).sum() for name in self.weights.names]  # every page is touched
 
-    def take(self, manifest: Mapping[str, Any]) -> float:
-        pool = TeacherPool.of_manifest(manifest, self.weights)
-        state = pool.extract(pool.space.smallest).model.state_dict()
-        return sum(int(value.nbytes) for value in state.values()) / 1e6
+        def take(self, manifest: Mapping[str, Any]) -> float:
+            pool = TeacherPool.of_manifest(manifest, self.weights)
+            state = pool.extract(pool.space.smallest).model.state_dict()
+            return sum(int(value.nbytes) for value in state.values()) / 1e6
+
+    return [ray.remote(num_cpus=0.5)(Reader).remote() for _ in range(count)]
 
 
 if __name__ == "__main__":

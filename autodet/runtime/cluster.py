@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from autodet.runtime.weight_cache import drop_caches
 
@@ -61,3 +61,8 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
             with suppress(RayError):
                 drop_caches()
         ray.shutdown()
+
+
+def cause_of(error: RayError) -> BaseException:
+    """What a task raised, without Ray's trace of where; any other failure as it is."""
+    return error.cause if isinstance(error, RayTaskError) else error

@@ -11,6 +11,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from autodet.runtime.cluster import cause_of
 from autodet.search.session import MachineError
 from autodet.training import Task, train_plain
 
@@ -35,7 +36,7 @@ def train_side_by_side(tasks: Mapping[str, Task], folder: Path, gpus: float = 0.
         try:
             found[name] = Path(ray.get(done))
         except RayError as error:
-            raise MachineError(f"The training of {name} in {folder} failed: {error}") from error
+            raise MachineError(f"The training of {name} in {folder} failed: {cause_of(error)}") from error
         logging.info("[%d of %d] trained %s", len(found), len(tasks), name)
     return {name: found[name] for name in tasks}
 

@@ -13,6 +13,7 @@ import torch
 from ray.exceptions import RayError
 
 from autodet.atomic import atomic_write_bytes
+from autodet.runtime.cluster import cause_of
 from autodet.runtime.weight_cache import shared_weights
 from autodet.search.session import MachineError
 from autodet.teachers.pool import WEIGHTS, TeacherPool, read_manifest
@@ -44,7 +45,7 @@ def measure_side_by_side(
         try:
             ap, before = ray.get(done)
         except RayError as error:
-            raise MachineError(f"Measuring {member} of {pool_folder} failed: {error}") from error
+            raise MachineError(f"Measuring {member} of {pool_folder} failed: {cause_of(error)}") from error
         found[member] = (ap, before)
         lines.append({"member": str(member), "ap": ap, "ap_before": before})
         atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

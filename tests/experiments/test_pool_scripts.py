@@ -10,6 +10,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import compare_pool
+import measure_pool_costs
 import pandas as pd
 import pool_presets
 import pytest
@@ -33,7 +35,7 @@ from autodet.teachers import Member, ScheduleError, SpaceError
 from autodet.teachers.elastic import member_spec
 from autodet.teachers.pool import PoolError, TeacherPool
 from autodet.teachers.task import PoolBench, PoolTask
-from autodet.training import Task, TrainSettings
+from autodet.training import Task, TrainSettings, Workbench
 
 SCHEDULE = "1*largest > 1*sandwich(0.5, 1) > 7*sandwich(1, 1)"
 LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
@@ -117,8 +119,54 @@ def test_members_are_measured_through_the_cache_and_none_twice(run: Path, tmp_pa
 
 def test_a_member_that_cannot_be_measured_stops_with_its_cause(run: Path, tmp_path: Path) -> None:
     task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
-    with pytest.raises(MachineError, match=r"Measuring basic-8.*no complete pool"):
+    with pytest.raises(MachineError, match=r"Measuring basic-8.* failed: .* is no complete pool"):
         measure_side_by_side(task, tmp_path, tmp_path, [task.space.smallest])
+
+
+def test_members_are_compared_with_detectors_trained_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """AP on test against measuring the same weights here; a resumed comparison trains nothing again."""
+    folder = tmp_path / "compared"
+    assert compare_pool.main(["--run", str(run), "--members", "2", "--output", str(folder)]) == 0
+    table = pd.read_csv(folder / "members.csv")
+    pool, task = TeacherPool.open(run / "pool"), task_of(run)
+    assert table["member"].tolist() == [str(pool.space.smallest), str(pool.space.largest)]
+    files = sorted((folder / "alone").glob("*/*.safetensors"))
+    for row, file in zip(table.to_dict("records"), files, strict=True):
+        alone, _ = load_detector(file)
+        bench = Workbench(replace(task, student=alone.spec, split="test"))
+        taken = pool.take(Member.parse(str(row["member"])), bench.train_loader)
+        assert (row["alone"], row["pool"]) == (bench.measure(alone).ap, bench.measure(taken).ap)
+        assert row["gap"] == pytest.approx(row["alone"] - row["pool"])
+    assert "mean gap" in capsys.readouterr().out
+    written = {file: file.stat().st_mtime_ns for file in files}
+    (folder / "members.csv").unlink()
+    assert compare_pool.main(["--resume", str(folder)]) == 0
+    assert {file: file.stat().st_mtime_ns for file in files} == written
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "members.csv"), table)
+
+
+def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "new")]
+    with pytest.raises(PoolError, match="4 measured members; expected 2 to"):
+        compare_pool.main(["--run", str(run), "--members", "5", *output])
+    with pytest.raises(PoolError, match=r"no manifest\.json"):
+        compare_pool.main(["--run", str(tmp_path), *output])
+    assert not (tmp_path / "new").exists()
+
+
+def test_costs_are_measured_on_a_finished_pool(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number is there and of the right magnitude; the pool stays as it is."""
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert measure_pool_costs.main(["--run", str(run), "--batches", "2"]) == 0
+    found = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    ratio = {name: float(text.split()[0]) for name, text in found.items() if "[" in text}
+    assert 0.3 < ratio["step of the largest in the pool / plain step of the largest"] < 3
+    assert 0.3 < ratio["step of the sandwich / plain steps of its members"] < 3
+    assert float(found["taking it again"].split()[0]) < 1
+    assert float(found["the pool's file"].split()[0]) > float(found["a trial's copy of the smallest member"].split()[0])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def task_of(run: Path) -> Task:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import INTERRUPTED, common_options, main_of, new_folder, parsed, positive, recorded, share
+from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, positive, recorded, share
 from runs import SearchRun, read_search, run_list, start_or_resume
 
 import autodet
@@ -104,11 +104,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.replicated is not None and options.replicated < 0:
         parser.error(f"--replicated {options.replicated}: expected a whole number of at least 0")
     return options
-
-
-def absolute(path: str) -> str:
-    """A path as an option's value that JSON can hold and that resumes from anywhere."""
-    return str(Path(path).resolve())
 
 
 def check_inputs(grid: Grid, source: SearchRun) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from options import INTERRUPTED, common_options, main_of, new_folder, parsed, positive, recorded, share
+from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, positive, recorded, share
 from runs import SearchRun, full_task, read_search, run_list, start_or_resume
 from transfer import transferred
 
@@ -87,11 +87,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.run is None:
         parser.error("--run RUN is needed: a finished run of search_distiller.py")
     return options
-
-
-def absolute(path: str) -> str:
-    """A path as an option's value that JSON can hold and that resumes from anywhere."""
-    return str(Path(path).resolve())
 
 
 def tune_rivals(

@@ -1,25 +1,27 @@
 """Is a pool's member as good as the same detector trained alone for as many epochs?
 
-command:   python experiments/compare_pool.py --run RUN [--members 12] [--split test]
+command:   python experiments/compare_pool.py --run RUN [--members 12] [--split test] [--also RUN ...]
 hardware:  as the training that RUN holds (its preset, data and recipe are used)
 time:      members times epochs of plain training; with preset cpu about an hour
 expected:  a table of members: AP in the pool and alone, their gap; mean gap and Kendall's τ with 95 % intervals
 
-RUN is a finished run of train_teacher_pool.py. Members are a spread of those that it measured. Stop and go on with
---resume FOLDER.
+RUN is a finished run of train_teacher_pool.py. Members are a spread of those that it measured. --also names further
+pools, of other schedules or seeds, in which the same members are measured; a finished comparison can be resumed with
+more of them. Stop and go on with --resume FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
-from options import common_options, main_of, new_folder, parsed, positive, recorded
+from options import absolute, common_options, main_of, new_folder, parsed, positive, recorded
 from runs import pool_task_of, start_or_resume
 
 from autodet.atomic import atomic_write_bytes
@@ -33,8 +35,10 @@ from autodet.teachers.pool import PoolError, TeacherPool, read_members
 from autodet.training import Workbench
 
 RECORDED = ("run", "members", "split", "seed")
-EXTENDABLE = ("workers",)
+EXTENDABLE = ("workers", "also")
 RESAMPLES = 2000  # of the bootstrap over members
+
+Values = npt.NDArray[np.float64]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "compare-pool")
     pool, task = TeacherPool.open(options.run / "pool"), pool_task_of(options.run)
     members = spread(read_members(options.run / "pool"), options.members)
+    also = other_pools([Path(run) for run in options.also or ()], pool)
     benches = {m.size: Workbench(replace(task.task, student=pool.spec_of(m), split=options.split)) for m in members}
     config = {"script": "compare_pool", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
     config["members"] = [str(member) for member in members]
@@ -54,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         workers = options.workers or 2
         with ray_running(options.address, cpus=workers * task.task.threads):
             files = train_side_by_side(alone, folder / "alone", float(task.task.device == "cuda"))
-        table = measured(pool, benches, dict(zip(members, files.values(), strict=True)))
+        table = measured({"pool": pool, **also}, benches, dict(zip(members, files.values(), strict=True)))
     atomic_write_bytes(folder / "members.csv", table.to_csv(index=False).encode())
-    save_picture(folder / "members.png", draw_against_alone(table))
-    print_table(table, options.split)
+    save_picture(folder / "members.png", draw_against_alone(table, ["pool", *also]))
+    print_table(table, options.split, ["pool", *also])
     print(f"\n{folder / 'members.csv'}\n{folder / 'members.png'}")
     return 0
 
@@ -68,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--run", type=Path, help="a finished run of train_teacher_pool.py")
     add("--members", type=positive, default=12, help="how many are also trained alone (default: 12)")
+    add("--also", nargs="+", type=absolute, metavar="RUN", help="further pools, in which the members are measured too")
     add("--split", choices=("val", "test"), default="test", help="where AP is measured (default: test)")
     options = parsed(parser, argv, "compare_pool", RECORDED, EXTENDABLE)
     if options.run is None:
@@ -83,32 +89,69 @@ def spread(measured: pd.DataFrame, count: int) -> list[Member]:
     return [Member.parse(str(text)) for text in measured["member"].iloc[rows]]
 
 
-def measured(pool: TeacherPool, benches: Mapping[int, Workbench], alone: Mapping[Member, Path]) -> pd.DataFrame:
-    """A row a member: AP (0–1) in the pool and alone, on the benches' split. benches: by input size."""
+def other_pools(runs: Sequence[Path], pool: TeacherPool) -> dict[str, TeacherPool]:
+    """Name of the run → its pool; PoolError where two have one name or a pool has other members."""
+    found = {run.name: TeacherPool.open(run / "pool") for run in runs}
+    if len(found) < len(runs) or {"pool", "alone", "member", "gap"} & set(found):
+        raise PoolError(f"--also: expected folders of different names, found {', '.join(map(str, runs))}.")
+    for name, other in found.items():
+        if (other.space, other.spec) != (pool.space, pool.spec):
+            raise PoolError(
+                f"--also {name}: its members are {other.space}, expected {pool.space}, with the same labels."
+            )
+    return found
+
+
+def measured(
+    pools: Mapping[str, TeacherPool], benches: Mapping[int, Workbench], alone: Mapping[Member, Path]
+) -> pd.DataFrame:
+    """A row a member: AP (0–1) in each pool and alone, on the benches' split. benches: by input size."""
     rows = []
     for member, file in alone.items():
-        bench, task = benches[member.size], benches[member.size].task
-        taken = pool.take(member, bench.train_loader, Path(task.cache), task.device)
+        bench = benches[member.size]
+        row: dict[str, str | float] = {"member": str(member)}
+        for name, pool in pools.items():
+            taken = pool.take(member, bench.train_loader, Path(bench.task.cache), bench.task.device)
+            row[name] = bench.measure(taken).ap or 0.0
         detector, _ = load_detector(file)
-        detector.model.to(task.device)
-        rows.append((str(member), bench.measure(taken).ap or 0.0, bench.measure(detector).ap or 0.0))
-        logging.info("%s  AP %.4f in the pool, %.4f alone", *rows[-1])
-    table = pd.DataFrame(rows, columns=["member", "pool", "alone"])
+        detector.model.to(bench.task.device)
+        row["alone"] = bench.measure(detector).ap or 0.0
+        rows.append(row)
+        logging.info("%s", "  ".join(f"{name} {value}" for name, value in row.items()))
+    table = pd.DataFrame(rows)
     table["gap"] = table["alone"] - table["pool"]
     return table
 
 
-def print_table(table: pd.DataFrame, split: str) -> None:
-    """The rows, the mean gap with its t-interval, and Kendall's τ with a bootstrap interval over members."""
-    points = table.assign(**{name: (100 * table[name]).round(1) for name in ("pool", "alone", "gap")})
-    print(f"AP on {split}, points\n{points.to_string(index=False)}")
-    mean, low, high = mean_interval([100 * gap for gap in table["gap"]])
-    print(f"mean gap (alone minus pool): {mean:+.2f} [{low:+.2f}, {high:+.2f}] points")
+def print_table(table: pd.DataFrame, split: str, pools: Sequence[str]) -> None:
+    """The rows; of each pool the mean gap and Kendall's τ, with intervals over members; how far the first is ahead."""
+    points = table.assign(**{name: (100 * table[name]).round(1) for name in (*pools, "alone", "gap")})
+    print(f"AP on {split}, points\n{points.to_string(index=False)}\n")
+    for name in pools:
+        gap = mean_interval((100 * (table["alone"] - table[name])).tolist())
+        tau = rank_correlation(table[name].to_numpy(), table["alone"].to_numpy())
+        print(
+            f"{name}: mean gap (alone minus pool) {_with_interval(gap, '+.2f')} points,"
+            f" Kendall's τ {_with_interval(tau, '.2f')}"
+        )
+    for name in pools[1:]:
+        ahead = mean_interval((100 * (table["pool"] - table[name])).tolist())
+        print(f"pool minus {name}: {_with_interval(ahead, '+.2f')} points")
+
+
+def rank_correlation(ours: Values, theirs: Values) -> tuple[float, float, float]:
+    """Kendall's τ and the 95 % interval of its bootstrap over members; NaN where all are tied."""
     rng = np.random.default_rng(0)
-    draws = [table.iloc[rng.integers(len(table), size=len(table))] for _ in range(RESAMPLES)]
-    taus = np.array([kendall(draw["pool"].tolist(), draw["alone"].tolist()) for draw in draws])
-    low, high = np.percentile(taus[np.isfinite(taus)], (2.5, 97.5)) if np.isfinite(taus).any() else (np.nan, np.nan)
-    print(f"Kendall's τ: {kendall(table['pool'].tolist(), table['alone'].tolist()):.2f} [{low:.2f}, {high:.2f}]")
+    draws = [rng.integers(len(ours), size=len(ours)) for _ in range(RESAMPLES)]
+    taus = np.array([kendall(ours[draw].tolist(), theirs[draw].tolist()) for draw in draws])
+    taus = taus[np.isfinite(taus)]
+    low, high = np.percentile(taus, (2.5, 97.5)) if len(taus) else (np.nan, np.nan)
+    return kendall(ours.tolist(), theirs.tolist()), float(low), float(high)
+
+
+def _with_interval(found: tuple[float, float, float], form: str) -> str:
+    mean, low, high = (format(value, form) for value in found)
+    return f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ def share(text: str) -> float:
     return value
 
 
+def absolute(path: str) -> str:
+    """A path as an option's value that JSON can hold and that resumes from anywhere."""
+    return str(Path(path).resolve())
+
+
 def new_folder(output: Path | None, script: str) -> Path:
     """The folder of a new run; ValueError where it holds one already."""
     folder = output or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -86,14 +86,18 @@ def draw_training(progress: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def draw_against_alone(table: pd.DataFrame) -> Figure:
-    """AP of members in the pool against the same detectors trained alone; on the line they are equal."""
+def draw_against_alone(table: pd.DataFrame, pools: Sequence[str]) -> Figure:
+    """AP of members in pools (columns) against the same detectors trained alone; on the line they are equal."""
     figure = Figure(figsize=(4.2, 4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    ends = [POINTS * min(table["pool"].min(), table["alone"].min()), POINTS * table[["pool", "alone"]].max().max()]
+    aps = table[["alone", *pools]]
+    ends = [POINTS * aps.min().min(), POINTS * aps.max().max()]
     axes.plot(ends, ends, color=GREY, linewidth=0.8)
-    axes.scatter(POINTS * table["alone"], POINTS * table["pool"], s=18, color=COLOURS[0])
+    for pool, colour in zip(pools, itertools.cycle(COLOURS), strict=False):
+        axes.scatter(POINTS * table["alone"], POINTS * table[pool], s=18, color=colour, label=pool)
     label_axes(axes, "AP, trained alone", "AP, in the pool")
+    if len(pools) > 1:
+        axes.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import compare_pool
 import measure_pool_costs
+import numpy as np
 import pandas as pd
 import pool_presets
 import pytest
@@ -141,10 +143,14 @@ def test_members_are_compared_with_detectors_trained_alone(
         assert row["gap"] == pytest.approx(row["alone"] - row["pool"])
     assert "mean gap" in capsys.readouterr().out
     written = {file: file.stat().st_mtime_ns for file in files}
-    (folder / "members.csv").unlink()
-    assert compare_pool.main(["--resume", str(folder)]) == 0
-    assert {file: file.stat().st_mtime_ns for file in files} == written
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "members.csv"), table)
+    shutil.copytree(run / "pool", tmp_path / "twin" / "pool")
+    for _ in range(2):  # the second time, twin is on record
+        assert compare_pool.main(["--resume", str(folder), "--also", str(tmp_path / "twin")]) == 0
+        assert {file: file.stat().st_mtime_ns for file in files} == written
+    found = pd.read_csv(folder / "members.csv")
+    pd.testing.assert_frame_equal(found.drop(columns="twin"), table)
+    assert found["twin"].tolist() == found["pool"].tolist()
+    assert "pool minus twin: +0.00 [+0.00, +0.00] points" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
@@ -153,7 +159,17 @@ def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
         compare_pool.main(["--run", str(run), "--members", "5", *output])
     with pytest.raises(PoolError, match=r"no manifest\.json"):
         compare_pool.main(["--run", str(tmp_path), *output])
+    with pytest.raises(PoolError, match="expected folders of different names"):
+        compare_pool.main(["--run", str(run), "--members", "2", "--also", str(run), str(run), *output])
     assert not (tmp_path / "new").exists()
+
+
+def test_rank_correlation_has_an_interval_over_members() -> None:
+    """Of six members two neighbours in the other order: 14 pairs of 15 agree, one does not."""
+    ours, theirs = np.arange(6.0), np.array([0.0, 1.0, 3.0, 2.0, 4.0, 5.0])
+    tau, low, high = compare_pool.rank_correlation(ours, theirs)
+    assert tau == pytest.approx(13 / 15) and low < tau <= high == pytest.approx(1.0)
+    assert np.isnan(compare_pool.rank_correlation(np.zeros(2), np.zeros(2))).all()
 
 
 def test_costs_are_measured_on_a_finished_pool(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

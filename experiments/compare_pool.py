@@ -1,22 +1,25 @@
 """Is a pool's member as good as the same detector trained alone for as many epochs?
 
-command:   python experiments/compare_pool.py --run RUN [--members 12] [--split test] [--also RUN ...]
+command:   python experiments/compare_pool.py --run RUN [--members 12] [--seeds 2] [--split test] [--also RUN ...]
 hardware:  as the training that RUN holds (its preset, data and recipe are used)
-time:      members times epochs of plain training; with preset cpu about an hour
+time:      members times seeds times epochs of plain training; with preset cpu about half an hour a seed
 expected:  a table of members: AP in the pool and alone, their gap; mean gap and Kendall's τ with 95 % intervals
 
-RUN is a finished run of train_teacher_pool.py. Members are a spread of those that it measured. --also names further
-pools, of other schedules or seeds, in which the same members are measured; a finished comparison can be resumed with
-more of them. Stop and go on with --resume FOLDER.
+RUN is a finished run of train_teacher_pool.py. Members are a spread of those that it measured. With --seeds 2 each is
+trained alone twice: how well these two agree is the most that one can ask of the pool. --also names further pools, of
+other schedules or seeds, in which the same members are measured. Stop and go on with --resume FOLDER; a finished
+comparison can be resumed with more seeds and pools.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +38,8 @@ from autodet.teachers.pool import PoolError, TeacherPool, read_members
 from autodet.training import Workbench
 
 RECORDED = ("run", "members", "split", "seed")
-EXTENDABLE = ("workers", "also")
+EXTENDABLE = ("workers", "also", "seeds")
+TRAINING = "alone, training"  # begins the names of the columns of single trainings
 RESAMPLES = 2000  # of the bootstrap over members
 
 Values = npt.NDArray[np.float64]
@@ -53,13 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     config["members"] = [str(member) for member in members]
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
         alone = {
-            f"{index:02d}": replace(task.task, student=pool.spec_of(member), seed=task.task.seed + options.seed)
+            f"{index:02d}" + (f"-{seed}" if seed else ""): replace(
+                task.task, student=pool.spec_of(member), seed=task.task.seed + options.seed + seed
+            )
+            for seed in range(options.seeds or 1)
             for index, member in enumerate(members)
         }
         workers = options.workers or 2
         with ray_running(options.address, cpus=workers * task.task.threads):
-            files = train_side_by_side(alone, folder / "alone", float(task.task.device == "cuda"))
-        table = measured({"pool": pool, **also}, benches, dict(zip(members, files.values(), strict=True)))
+            files = list(train_side_by_side(alone, folder / "alone", float(task.task.device == "cuda")).values())
+        trained = {member: files[index :: len(members)] for index, member in enumerate(members)}
+        table = measured({"pool": pool, **also}, benches, trained)
     atomic_write_bytes(folder / "members.csv", table.to_csv(index=False).encode())
     save_picture(folder / "members.png", draw_against_alone(table, ["pool", *also]))
     print_table(table, options.split, ["pool", *also])
@@ -73,6 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--run", type=Path, help="a finished run of train_teacher_pool.py")
     add("--members", type=positive, default=12, help="how many are also trained alone (default: 12)")
+    add("--seeds", type=positive, help="trainings of each member alone (default: 1)")
     add("--also", nargs="+", type=absolute, metavar="RUN", help="further pools, in which the members are measured too")
     add("--split", choices=("val", "test"), default="test", help="where AP is measured (default: test)")
     options = parsed(parser, argv, "compare_pool", RECORDED, EXTENDABLE)
@@ -99,23 +108,31 @@ def other_pools(runs: Sequence[Path], pool: TeacherPool) -> dict[str, TeacherPoo
             raise PoolError(
                 f"--also {name}: its members are {other.space}, expected {pool.space}, with the same labels."
             )
+        if any(other.notes.get(name) != pool.notes.get(name) for name in ("data", "images")):
+            raise PoolError(f"--also {name}: it was trained on other images than the pool of --run.")
     return found
 
 
 def measured(
-    pools: Mapping[str, TeacherPool], benches: Mapping[int, Workbench], alone: Mapping[Member, Path]
+    pools: Mapping[str, TeacherPool], benches: Mapping[int, Workbench], alone: Mapping[Member, Sequence[Path]]
 ) -> pd.DataFrame:
-    """A row a member: AP (0–1) in each pool and alone, on the benches' split. benches: by input size."""
+    """A row a member: AP (0–1) in each pool and alone, on the benches' split; ``alone`` is the mean over its trainings.
+
+    benches: by input size. alone: the files of each member's trainings.
+    """
     rows = []
-    for member, file in alone.items():
+    for member, files in alone.items():
         bench = benches[member.size]
         row: dict[str, str | float] = {"member": str(member)}
         for name, pool in pools.items():
             taken = pool.take(member, bench.train_loader, Path(bench.task.cache), bench.task.device)
             row[name] = bench.measure(taken).ap or 0.0
-        detector, _ = load_detector(file)
-        detector.model.to(bench.task.device)
-        row["alone"] = bench.measure(detector).ap or 0.0
+        aps = []
+        for file in files:
+            detector, _ = load_detector(file)
+            detector.model.to(bench.task.device)
+            aps.append(bench.measure(detector).ap or 0.0)
+        row |= {"alone": fmean(aps)} | {f"{TRAINING} {index}": ap for index, ap in enumerate(aps, start=1)}
         rows.append(row)
         logging.info("%s", "  ".join(f"{name} {value}" for name, value in row.items()))
     table = pd.DataFrame(rows)
@@ -125,7 +142,9 @@ def measured(
 
 def print_table(table: pd.DataFrame, split: str, pools: Sequence[str]) -> None:
     """The rows; of each pool the mean gap and Kendall's τ, with intervals over members; how far the first is ahead."""
-    points = table.assign(**{name: (100 * table[name]).round(1) for name in (*pools, "alone", "gap")})
+    trainings = [name for name in table.columns if name.startswith(TRAINING)]
+    points = table if len(trainings) > 1 else table.drop(columns=trainings)  # of one, the mean says it already
+    points = points.assign(**{name: (100 * points[name]).round(1) for name in points.columns if name != "member"})
     print(f"AP on {split}, points\n{points.to_string(index=False)}\n")
     for name in pools:
         gap = mean_interval((100 * (table["alone"] - table[name])).tolist())
@@ -134,6 +153,9 @@ def print_table(table: pd.DataFrame, split: str, pools: Sequence[str]) -> None:
             f"{name}: mean gap (alone minus pool) {_with_interval(gap, '+.2f')} points,"
             f" Kendall's τ {_with_interval(tau, '.2f')}"
         )
+    for one, other in itertools.combinations(trainings, 2):
+        tau = rank_correlation(table[one].to_numpy(), table[other].to_numpy())
+        print(f"two trainings alone ({one}, {other}): Kendall's τ {_with_interval(tau, '.2f')}")
     for name in pools[1:]:
         ahead = mean_interval((100 * (table["pool"] - table[name])).tolist())
         print(f"pool minus {name}: {_with_interval(ahead, '+.2f')} points")

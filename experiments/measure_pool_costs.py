@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ray
@@ -29,13 +31,15 @@ from autodet.detectors import build
 from autodet.evaluation import measure_latencies_interleaved
 from autodet.results.intervals import mean_interval
 from autodet.runtime.cluster import ray_running
-from autodet.runtime.weight_cache import SharedWeights, shared_weights
+from autodet.runtime.weight_cache import SharedWeights, cache_of_this_node, shared_weights
 from autodet.teachers import Member, PoolTrainer, Schedule
+from autodet.teachers.elastic import member_spec
 from autodet.teachers.pool import WEIGHTS, TeacherPool, read_manifest
 from autodet.teachers.task import PoolBench
 from autodet.training import Trainer
 from autodet.training.loop import Clock
 
+ACTIVATIONS = 20  # whose median counts
 REPEATS = 3  # of each step; its median counts
 SANDWICH, LARGEST = "1*sandwich(1, 2)", "1*largest"
 
@@ -63,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def step_ratios(bench: PoolBench, batches: int) -> dict[str, list[float]]:
     """A ratio for each of some batches: a step of the sandwich to its members' plain steps; the largest member's."""
     members, alone = trainer_of(bench, SANDWICH), trainer_of(bench, LARGEST)
+    activation = activation_ms(members)
     found: dict[str, list[float]] = {}
     for step, batch in enumerate(itertools.islice(members.loader.batches(0), batches)):
         plain = {unit.member: plain_trainer(bench, unit.member) for unit in members.units(step, batch.key)}
@@ -71,14 +76,27 @@ def step_ratios(bench: PoolBench, batches: int) -> dict[str, list[float]]:
         device, threads = bench.task.task.device, bench.task.task.threads
         times = {k: v.median_ms for k, v in measure_latencies_interleaved(runs, device, 1, REPEATS, threads).items()}
         largest = times[str(bench.task.space.largest)]
+        # Repeated, a step finds its members at hand; in a training random ones are new.
+        sandwich = times["sandwich"] + activation * max(0, len(plain) - 2)
         ratios = {
-            "step of the sandwich / plain steps of its members": times["sandwich"] / sum(times[str(m)] for m in plain),
-            "step of the sandwich / plain step of the largest": times["sandwich"] / largest,
+            "step of the sandwich / plain steps of its members": sandwich / sum(times[str(m)] for m in plain),
+            "step of the sandwich / plain step of the largest": sandwich / largest,
             "step of the largest in the pool / plain step of the largest": times["alone"] / largest,
         }
         for text, ratio in ratios.items():
             found.setdefault(text, []).append(ratio)
     return found
+
+
+def activation_ms(trainer: PoolTrainer) -> float:
+    """Median milliseconds that a member takes to activate which is not at hand."""
+    rng, times = random.Random(0), []
+    for _ in range(ACTIVATIONS):
+        member = trainer.space.sample(rng)
+        started = time.perf_counter()
+        trainer.elastic.activate(member)
+        times.append(1e3 * (time.perf_counter() - started))
+    return median(times)
 
 
 def trainer_of(bench: PoolBench, schedule: str) -> PoolTrainer:
@@ -94,7 +112,7 @@ def trainer_of(bench: PoolBench, schedule: str) -> PoolTrainer:
 def plain_trainer(bench: PoolBench, member: Member) -> Trainer:
     """A trainer of the member as a detector of its own."""
     task = bench.task.task
-    detector = build(replace(task.student, body=member.body))
+    detector = build(member_spec(task.student, member))
     return Trainer(detector, bench.bench.train_loader, task.settings, task.seed, device=task.device)
 
 
@@ -125,29 +143,38 @@ def taking(bench: PoolBench, folder: Path) -> dict[str, float]:
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """Megabytes of a pool, and what one and two trials hold together once each reads it through the cache."""
-    manifest = read_manifest(folder)
-    path = folder / WEIGHTS
-    readers: list[Any] = _start_readers(2)
-    before = [ray.get(r.megabytes.remote()) for r in readers]
+    """Megabytes of a pool, and what the cache and one or two trials hold together once each trial reads it."""
+    manifest, path = read_manifest(folder), folder / WEIGHTS
+    readers, cache, megabytes = start_readers(2), cache_of_this_node(), memory_of_process()
+
+    def held() -> float:
+        parts = [process.__ray_call__.remote(megabytes) for process in (*readers, cache)]
+        return float(sum(ray.get(parts)))
+
+    before = held()
     found = {"the pool's file": path.stat().st_size / 1e6}
     for count in (1, 2):
         ray.get(readers[count - 1].read.remote(manifest["weights"], str(path)))
-        held = [ray.get(r.megabytes.remote()) - b for r, b in zip(readers, before, strict=True)]
-        found[f"held by {count} trial{'s' * (count > 1)} that read it through the cache"] = sum(held)
+        found[f"held by the cache and {count} trial{'s' * (count > 1)} that read it"] = held() - before
     found["a trial's copy of the smallest member"] = ray.get(readers[0].take.remote(manifest))
     return found
 
 
-def _start_readers(count: int) -> list[Any]:
-    """Trials' processes. Their class is made here, so that Ray sends it along: no worker finds this file."""
+def memory_of_process() -> Callable[[object], float]:
+    """A function to be called in an actor. Made here, like the class below, so that Ray sends it along."""
+
+    def megabytes(actor: object) -> float:
+        """Memory of the process; pages that several processes map count in parts."""
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("Pss:"))
+
+    return megabytes
+
+
+def start_readers(count: int) -> list[Any]:
+    """Trials' processes."""
 
     class Reader:
-        def megabytes(self) -> float:
-            """Of this process; pages that several processes map count in parts."""
-            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-            return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("Pss:"))
-
         def read(self, hash: str, path: str) -> None:
             self.weights: SharedWeights = shared_weights(hash, Path(path))
             _ = [self.weights(name).sum() for name in self.weights.names]  # every page is touched

@@ -99,7 +99,8 @@ def parsed(
         raise ValueError(f"--resume {options.resume} is a run of {config.get('script')}, expected one of {script}.")
     values: dict[str, Any] = {}
     for name in (*names, *extendable):
-        given, old = getattr(options, name), config["options"][name]
+        given = getattr(options, name)
+        old = config["options"].get(name, _plain(parser.get_default(name)))  # it may be newer than the run
         if name in extendable and given is not None:
             values[name] = given
         elif given != parser.get_default(name) and _plain(given) != old:

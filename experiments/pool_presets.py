@@ -65,7 +65,7 @@ def cpu(family: str) -> PoolPreset:
     return PoolPreset(
         space=PoolSpace.parse(SMALL),
         detector=small(family, TEACHER, 192),
-        schedule=Schedule.shrinking(40, largest=12, random=2),
+        schedule=Schedule.shrinking(40, largest=10, random=2),
         settings=recipe(40, lr=1e-3, ema=0.99, batch_size=8 if family == "faster_rcnn" else 4),
         formula=TAUGHT,
         check_every=4,

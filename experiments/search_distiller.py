@@ -31,7 +31,7 @@ from runs import (
     start_or_resume,
     trained_teacher,
 )
-from teachers import named_teacher, named_teacher_spec
+from teachers import member_identity, named_teacher, named_teacher_spec
 
 from autodet.detectors import DetectorSpec, load_detector
 from autodet.detectors.spec import FAMILIES
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         "search": asdict(preset.search),
         "recipes": {"proxy": asdict(preset.proxy), "full": asdict(preset.full), "teaching": asdict(preset.teaching)},
         "student": str(task.student),
+        **({} if options.teacher is None else member_identity(options.teacher)),
     }
     extendable = [*(f"options.{name}" for name in EXTENDABLE), "search.budget_per_input", "search.weights_budget"]
     with start_or_resume(folder, config, extendable) as ledger:
@@ -113,8 +114,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher",
         type=Path,
-        help="a file of train_detector.py, a torchvision state dict, POOL or POOL:<member> of train_teacher_pool.py"
-        " (default: train one with the preset's recipe)",
+        help="a file of train_detector.py, a torchvision state dict, or of train_teacher_pool.py POOL, POOL:<member>,"
+        " POOL:latency_ms<=30 (default: train one with the preset's recipe)",
     )
     add("--teacher-family", choices=FAMILIES, help="of the teacher that is trained (default: the student's)")
     add("--teacher-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from autodet.detectors import Detector, DetectorSpec, is_detector_file, load_any_detector, save_detector
 from autodet.teachers import Member
-from autodet.teachers.pool import PoolError, TeacherPool, best_member, read_manifest
+from autodet.teachers.pool import MANIFEST, PoolError, TeacherPool, best_member, read_manifest
 from autodet.training import Task, Workbench
 
 
@@ -42,12 +42,26 @@ def named_teacher(named: Path, task: Task, size: int | None, folder: Path) -> Pa
     return rebuilt.resolve()
 
 
+def member_identity(named: Path) -> dict[str, str]:
+    """What pins a member that is named by a path and perhaps a limit; nothing where a file is named."""
+    if (found := pool_and_member(named)) is None:
+        return {}
+    pool = TeacherPool.open(found[0])
+    return {"pool": pool.hash, "member": str(found[1] or pool.space.largest)}
+
+
 def pool_and_member(named: Path) -> tuple[Path, Member | None] | None:
-    """``POOL``, ``POOL:<member>`` or ``POOL:latency_ms<=30``, where POOL is a folder; None where a file is named."""
-    text, _, member = (str(named), "", "") if named.is_dir() else str(named).partition(":")
+    """``POOL``, ``POOL:<member>`` or ``POOL:latency_ms<=30``; None where a file is named.
+
+    POOL is a pool's folder, or that of the run which trained it.
+    """
+    text, colon, member = (str(named), "", "") if named.is_dir() else str(named).partition(":")
     folder = Path(text)
     if not folder.is_dir():
+        if colon and not named.exists():
+            raise PoolError(f"There is neither a file {named} nor a folder {folder} of a pool.")
         return None
+    folder = folder / "pool" if (folder / "pool" / MANIFEST).exists() else folder
     read_manifest(folder)  # a folder that is no pool is refused with the reason
     if "<=" in member:
         return folder, best_member(folder, dict(map(_limit, member.split(","))))

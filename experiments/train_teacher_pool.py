@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,24 +30,22 @@ from runs import checked_labels, data_folder, start_or_resume
 from autodet.data import BatchKey
 from autodet.detectors import build, detect
 from autodet.distill import Formula
-from autodet.evaluation import count_macs, count_params, measure_latencies_interleaved
+from autodet.evaluation import count_macs, count_params, device_name, measure_latencies_interleaved
 from autodet.records import Cost
 from autodet.results.pool_plots import draw_schedule, save_picture, save_pool_pictures
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.pool_measuring import Aps, measure_side_by_side
-from autodet.runtime.pool_training import PROGRESS, train_pool
+from autodet.runtime.pool_training import PROGRESS, Workers, remove_leftovers, train_pool
 from autodet.teachers import Member, PoolSettings, PoolSpace, Schedule
 from autodet.teachers.pool import (
     MANIFEST,
     MEMBERS,
-    RECALIBRATION_BATCH,
-    RECALIBRATION_IMAGES,
     MemberRow,
     TeacherPool,
     save_members,
     save_pool,
 )
-from autodet.teachers.statistics import recalibrate
+from autodet.teachers.statistics import measure_statistics
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task
 
@@ -76,15 +75,13 @@ def main(argv: list[str] | None = None) -> int:
         save_picture(folder / "pictures" / "schedule.png", draw_schedule(task.pool.schedule.steps))
         if not (folder / "pool" / MEMBERS).exists():
             workers = worker_range(options.workers) if options.workers else preset.workers
-            most = workers if isinstance(workers, int) else workers[1]
-            with ray_running(options.address, cpus=most * task.task.threads):
+            with ray_running(options.address, cpus=cpus_for(workers, task.task.threads)):
                 if not (folder / "pool" / MANIFEST).exists():
-                    checkpoint = train_pool(task, folder, workers, gpus)
-                    keep(bench, checkpoint, folder / "pool")
-                    checkpoint.unlink()
+                    keep(bench, train_pool(task, folder, workers, gpus), folder / "pool")
                 members = spread(task.space, options.members or preset.members, folder / "pool")
                 aps = measure_side_by_side(task, folder, folder / "pool", members, gpus)
             save_members(folder / "pool", costs(bench, folder / "pool", aps))
+        remove_leftovers(folder)
     print(pd.read_csv(folder / "pool" / MEMBERS).to_string(index=False))
     progress = [json.loads(line) for line in (folder / PROGRESS).read_text().splitlines()]
     save_pool_pictures(folder / "pictures", pd.read_csv(folder / "pool" / MEMBERS), progress)
@@ -112,14 +109,24 @@ def worker_text(text: str) -> str:
     return text
 
 
-def worker_range(text: str) -> int | tuple[int, int]:
+def worker_range(text: str) -> Workers:
     """``4``, or ``1-4`` for as many as there are."""
     least, dash, most = text.partition("-")
-    if not dash:
-        return positive(text)
-    if positive(least) > positive(most):
-        raise argparse.ArgumentTypeError(f"expected the least number of workers first, found {text}")
-    return positive(least), positive(most)
+    try:
+        found = positive(least), positive(most or least)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of workers or MIN-MAX, found {text}") from None
+    if found[0] > found[1] or (dash and not most):
+        raise argparse.ArgumentTypeError(f"expected MIN-MAX with MIN at most MAX, found {text}")
+    return found if dash else found[0]
+
+
+def cpus_for(workers: Workers, threads: int) -> int:
+    """What a Ray started here is told to have: all workers' threads; of a range as many as this machine can run."""
+    if isinstance(workers, int):
+        return workers * threads
+    least, most = workers
+    return max(least, min(most, (os.cpu_count() or 1) // threads)) * threads
 
 
 def pool_task(options: argparse.Namespace, preset: PoolPreset) -> PoolTask:
@@ -147,7 +154,7 @@ def keep(bench: PoolBench, checkpoint: Path, folder: Path) -> None:
     """Write the pool of a finished training, with the largest member's norm statistics."""
     trainer = bench.trainer(checkpoint=checkpoint)
     largest = trainer.member(trainer.space.largest)
-    recalibrate(largest, bench.bench.train_loader.eval_batches(RECALIBRATION_BATCH), RECALIBRATION_IMAGES)
+    measure_statistics(largest, bench.bench.train_loader)
     settings = trainer.pool
     notes = {
         "schedule": str(settings.schedule),
@@ -185,7 +192,8 @@ def costs(bench: PoolBench, folder: Path, aps: Mapping[Member, Aps]) -> list[Mem
     for member, detector in taken.items():
         latency = latencies[str(member)]
         macs, params = count_macs(runs[str(member)]), count_params(detector.model)
-        cost = Cost(latency.median_ms, latency.p90_ms, task.device, task.threads, 1, macs, params)
+        name = device_name(torch.device(task.device))
+        cost = Cost(latency.median_ms, latency.p90_ms, name, task.threads, 1, macs, params)
         rows.append(MemberRow(member, *aps[member], task.split, cost))
     return rows
 

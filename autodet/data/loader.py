@@ -123,6 +123,15 @@ class Loader:
         parts = [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
         return self._prefetched([BatchKey(part, (False,) * len(part)) for part in parts])
 
+    def sample(self, batch_size: int, count: int) -> Iterator[Batch]:
+        """Batches of about `count` images drawn at random, the same every time, none mirrored, like shapes together.
+
+        All are of one size, as what averages over them expects, unless there are fewer images than that.
+        """
+        keys = BatchPlan(batch_size, seed=0, flip=0.0).epoch(len(self.dataset), 0, self._groups)
+        full = [key for key in keys if len(key.indices) == batch_size] or keys
+        return self._prefetched(full[: -(-count // batch_size)])
+
     def load(self, key: BatchKey) -> Batch:
         """The batch of a key; the same key gives the same tensors."""
         samples = [self._sample(index, flip) for index, flip in zip(key.indices, key.flipped, strict=True)]

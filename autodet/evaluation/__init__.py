@@ -13,6 +13,7 @@ from autodet.evaluation.cost import (
     cost_of,
     count_macs,
     count_params,
+    device_name,
     measure_latencies_interleaved,
     measure_latency,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "cost_of",
     "count_macs",
     "count_params",
+    "device_name",
     "evaluate",
     "evaluate_detections",
     "measure_latencies_interleaved",

@@ -88,7 +88,7 @@ def cost_of(
     return Cost(
         latency_ms=latency.median_ms,
         latency_p90_ms=latency.p90_ms,
-        device=_device_name(torch.device(device)),
+        device=device_name(torch.device(device)),
         threads=threads,
         batch=batch,
         macs_g=count_macs(run) / batch,
@@ -125,5 +125,6 @@ def _cpu_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """As records name it: ``cpu``, or ``cuda`` with the GPU's model."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

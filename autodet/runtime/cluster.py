@@ -6,13 +6,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from autodet.runtime.weight_cache import drop_caches
+from autodet.search.session import MachineError
 
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -63,6 +65,16 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
         ray.shutdown()
 
 
-def cause_of(error: RayError) -> BaseException:
-    """What a task raised, without Ray's trace of where; any other failure as it is."""
-    return error.cause if isinstance(error, RayTaskError) else error
+def finished(pending: Mapping[Any, str]) -> Iterator[tuple[str, Any]]:
+    """Name and result of tasks as they end. pending: reference of a task → its name. MachineError where one fails."""
+    names = dict(pending)
+    while names:
+        (done,), _ = ray.wait(list(names), num_returns=1)
+        name = names.pop(done)
+        try:
+            result = ray.get(done)
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error  # without Ray's trace of where
+            raise MachineError(f"{name} failed: {cause}") from error
+        logging.info("[%d of %d] %s", len(pending) - len(names), len(pending), name)
+        yield name, result

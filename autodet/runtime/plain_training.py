@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import ray
 import torch
-from ray.exceptions import RayError
 
-from autodet.runtime.cluster import cause_of
-from autodet.search.session import MachineError
+from autodet.runtime.cluster import finished
 from autodet.training import Task, train_plain
 
 WORKER_FAILURES = 3  # lost workers of one training before the run stops
@@ -28,17 +25,9 @@ def train_side_by_side(tasks: Mapping[str, Task], folder: Path, gpus: float = 0.
     for name, task in tasks.items():
         task = replace(task, weights=str((folder / name).resolve()))
         remote = ray.remote(num_cpus=task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES)(_train)
-        pending[remote.remote(task.to_json(), str((folder / name).resolve()))] = name
-    found = {}
-    while pending:
-        (done,), _ = ray.wait(list(pending), num_returns=1)
-        name = pending.pop(done)
-        try:
-            found[name] = Path(ray.get(done))
-        except RayError as error:
-            raise MachineError(f"The training of {name} in {folder} failed: {cause_of(error)}") from error
-        logging.info("[%d of %d] trained %s", len(found), len(tasks), name)
-    return {name: found[name] for name in tasks}
+        pending[remote.remote(task.to_json(), str((folder / name).resolve()))] = f"training {name}"
+    files = {name.removeprefix("training "): Path(file) for name, file in finished(pending)}
+    return {name: files[name] for name in tasks}
 
 
 def _train(text: str, folder: str) -> str:

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import ray
 import torch
-from ray.exceptions import RayError
 
 from autodet.atomic import atomic_write_bytes
-from autodet.runtime.cluster import cause_of
+from autodet.runtime.cluster import finished
 from autodet.runtime.weight_cache import shared_weights
-from autodet.search.session import MachineError
 from autodet.teachers.pool import WEIGHTS, TeacherPool, read_manifest
 from autodet.teachers.space import Member
 from autodet.teachers.task import PoolBench, PoolTask
@@ -36,22 +34,17 @@ def measure_side_by_side(
     path = run_folder / MEASURED
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = {Member.parse(line["member"]): (line["ap"], line["ap_before"]) for line in lines}
-    remote = ray.remote(num_cpus=task.task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES)(_measure)
+    # Ray would end a GPU's worker after each task, and the next one would load the data again.
+    remote = ray.remote(num_cpus=task.task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES, max_calls=0)(_measure)
     folder = str(pool_folder.resolve())
-    pending = {remote.remote(task.to_json(), folder, str(m)): m for m in members if m not in found}
-    while pending:
-        (done,), _ = ray.wait(list(pending), num_returns=1)
-        member = pending.pop(done)
-        try:
-            ap, before = ray.get(done)
-        except RayError as error:
-            raise MachineError(f"Measuring {member} of {pool_folder} failed: {cause_of(error)}") from error
-        found[member] = (ap, before)
-        lines.append({"member": str(member), "ap": ap, "ap_before": before})
+    missing = [member for member in members if member not in found]
+    pending = {remote.remote(task.to_json(), folder, str(member)): f"measuring {member}" for member in missing}
+    for name, (ap, before) in finished(pending):
+        member = name.removeprefix("measuring ")
+        logging.info("  AP %.3f, %.3f before its norm statistics were measured", ap, before)
+        found[Member.parse(member)] = (ap, before)
+        lines.append({"member": member, "ap": ap, "ap_before": before})
         atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        logging.info(
-            "[%d of %d] %s  AP %.3f (%.3f before its norm statistics)", len(found), len(members), member, ap, before
-        )
     return {member: found[member] for member in members}
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray import train
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
 
 from autodet.atomic import atomic_write_bytes
@@ -22,6 +26,7 @@ from autodet.teachers.task import PoolBench, PoolTask
 from autodet.teachers.trainer import PoolTrainer
 from autodet.teachers.workers import DistributedWorkers
 from autodet.training import Diverged
+from autodet.training.checkpoint import load_checkpoint
 
 CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.jsonl"  # in the run's folder: a line an epoch, rewritten from the history, so that none is twice
@@ -55,7 +60,7 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
         failure_config=train.FailureConfig(max_failures=WORKER_FAILURES),
         checkpoint_config=train.CheckpointConfig(num_to_keep=2),
     )
-    config = {"task": task.to_json(), "folder": str(folder)}
+    config = {"task": task.to_json(), "folder": str(folder), "rescued": rescued(folder)}
     trainer = TorchTrainer(
         train_on_worker, train_loop_config=config, scaling_config=train.ScalingConfig(**scaling), run_config=run
     )
@@ -76,13 +81,40 @@ def _fit(trainer: TorchTrainer) -> Any:
         return trainer.fit()
     except SystemExit:
         raise KeyboardInterrupt from None
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:
         raise MachineError(
             f"The training's workers failed: {error}. Mend the cause and go on with --resume."
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
+
+
+def rescued(folder: Path) -> str | None:
+    """The newest checkpoint of a run whose list of them was cut off by a kill; None where Ray finds them itself.
+
+    Ray does not write its list in one step, and with half a list it neither resumes nor starts.
+    """
+    train_folder = folder / TRAIN_FOLDER
+    try:
+        json.loads((train_folder / "checkpoint_manager_snapshot.json").read_text())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        train_folder.rename(folder / f"{TRAIN_FOLDER}.cut-off-{time.time_ns()}")
+    found = folder.glob(f"{TRAIN_FOLDER}.cut-off-*/checkpoint_*/{CHECKPOINT}")
+    for path in sorted(found, key=lambda path: path.parent.name, reverse=True):  # the name is the time
+        with suppress(ValueError):  # it may be cut off as well
+            load_checkpoint(path, torch.device("cpu"))
+            return str(path)
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from a run's folder what only a training that goes on needs: checkpoints, gigabytes of a large pool."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for leftover in folder.glob(f"{TRAIN_FOLDER}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def train_on_worker(config: Mapping[str, Any]) -> None:
@@ -101,12 +133,10 @@ def _train_on_worker(config: Mapping[str, Any]) -> None:
     task = PoolTask.from_json(config["task"])
     torch.set_num_threads(task.task.threads)
     torch.set_flush_denormal(True)
-    if task.task.device == "cuda":
-        torch.cuda.set_device(get_device())
     bench, workers = PoolBench(task), DistributedWorkers()
     start = train.get_checkpoint()
     if start is None:
-        trainer = bench.trainer(workers)
+        trainer = bench.trainer(workers, Path(config["rescued"]) if config["rescued"] else None)
     else:
         with start.as_directory() as directory:
             trainer = bench.trainer(workers, Path(directory) / CHECKPOINT)
@@ -135,10 +165,12 @@ class _Gauges:
     """A training's numbers on Ray's dashboard."""
 
     def __init__(self) -> None:
-        names = {"epoch": "epochs done", "images_per_second": "training images a second of one worker"}
+        names = {"epoch": "epochs done", "images_per_second": "training images a second"}
         self.gauges = {name: Gauge(f"autodet_pool_{name}", text) for name, text in names.items()}
         self.ap = Gauge("autodet_pool_ap", "AP of a member that is watched", tag_keys=("member",))
-        self.loss = Gauge("autodet_pool_loss", "training loss by kind of member", tag_keys=("member",))
+        self.loss = Gauge(
+            "autodet_pool_loss", "the detector's own training loss by kind of member", tag_keys=("member",)
+        )
 
     def show(self, entry: Mapping[str, Any]) -> None:
         for name, gauge in self.gauges.items():
@@ -146,6 +178,7 @@ class _Gauges:
         for member, ap in entry.get("ap", {}).items():
             self.ap.set(ap, tags={"member": member})
         for role in ("largest", "smallest", "random"):
-            losses = [value for name, value in entry["losses"].items() if name.startswith(f"{role}/")]
+            own = [name for name in entry["losses"] if name.startswith(f"{role}/") and "/distill/" not in name]
+            losses = [entry["losses"][name] for name in own]
             if losses:
                 self.loss.set(sum(losses), tags={"member": role})

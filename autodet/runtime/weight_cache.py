@@ -8,7 +8,9 @@ aliases one would change it for every other reader. An actor that died, or a nod
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from autodet.detectors.weights import WeightsError, load_weights, weights_hash
 
 NAMESPACE = "autodet"
 LIMIT_BYTES = 2 << 30  # of weights that are kept on a node
+IDLE_SECONDS = 3600.0  # without a reader, after which a cache ends: its run may have been killed
 ATTEMPTS = 4  # to reach a cache that is being rebuilt
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -44,13 +47,16 @@ class WeightCache:
 
     limit: bytes. Entries without leases go, the one used longest ago first, as soon as all together exceed it; leased
     ones stay even above it, and so does the one that was asked for last. A cache that died starts empty, without
-    leases: they save time, not weights, which are always in their files.
+    leases: they save time, not weights, which are always in their files. idle: seconds without a reader after which the
+    actor ends itself; None for never.
     """
 
-    def __init__(self, limit: int = LIMIT_BYTES) -> None:
-        self.limit = limit
+    def __init__(self, limit: int = LIMIT_BYTES, idle: float | None = None) -> None:
+        self.limit, self.idle = limit, idle
         self.entries: OrderedDict[str, Entry] = OrderedDict()
         self.reads = {"hits": 0, "misses": 0}
+        self._timer: threading.Timer | None = None
+        self._restart_timer()
 
     def get(self, hash: str, path: str, lease: str | None = None) -> list[Any]:
         """[reference] to the weights of a hash; read from a file of ``save_weights`` where they are not kept yet.
@@ -58,6 +64,7 @@ class WeightCache:
         lease: a holder's name, under which the weights are kept until ``release``. WeightsError where the file's
         weights have another hash.
         """
+        self._restart_timer()
         self.reads["hits" if hash in self.entries else "misses"] += 1
         if hash not in self.entries:
             self.entries[hash] = _read(hash, path)
@@ -77,6 +84,14 @@ class WeightCache:
         """Hits, misses, bytes, and the hashes that are kept with their leases."""
         kept = {hash: sorted(entry.leases) for hash, entry in self.entries.items()}
         return {**self.reads, "bytes": self._bytes(), "kept": kept}
+
+    def _restart_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.idle is not None:
+            self._timer = threading.Timer(self.idle, _end_this_actor)
+            self._timer.daemon = True
+            self._timer.start()
 
     def _bytes(self) -> int:
         return sum(entry.size for entry in self.entries.values())
@@ -105,10 +120,14 @@ class SharedWeights:
         return {name: self(name) for name in self.names}
 
 
-def cache_of_this_node(limit: int = LIMIT_BYTES) -> Any:
+def _end_this_actor() -> None:
+    ray.kill(ray.get_runtime_context().current_actor)  # for good: a process that merely ended would be started again
+
+
+def cache_of_this_node(limit: int = LIMIT_BYTES, idle: float | None = IDLE_SECONDS) -> Any:
     """The handle of this run's cache on this node, made where there is none; ``drop_caches`` ends those of a run.
 
-    It outlives the trial that makes it.
+    It outlives the trial that makes it, and a driver that is killed by ``idle`` seconds.
     """
     context = ray.get_runtime_context()
     node, job = context.get_node_id(), context.get_job_id()  # of this run: another's limit and leases are its own
@@ -119,7 +138,7 @@ def cache_of_this_node(limit: int = LIMIT_BYTES) -> Any:
         lifetime="detached",
         get_if_exists=True,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    ).remote(limit)
+    ).remote(limit, idle)
 
 
 def drop_caches() -> None:
@@ -127,7 +146,8 @@ def drop_caches() -> None:
     job = ray.get_runtime_context().get_job_id()
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"autodet-weights-{job}-"):
-            ray.kill(ray.get_actor(actor["name"], NAMESPACE))
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(actor["name"], NAMESPACE))
 
 
 def shared_weights(hash: str, path: Path, lease: str | None = None) -> SharedWeights:

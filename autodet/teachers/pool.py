@@ -25,12 +25,12 @@ from autodet.detectors.weights import WeightsError, load_weights, save_weights, 
 from autodet.records import Cost
 from autodet.teachers.elastic import Take, copies_of, member_spec, sliced
 from autodet.teachers.space import Member, PoolSpace, SpaceError
-from autodet.teachers.statistics import recalibrate, statistics_of
+from autodet.teachers.statistics import BATCH, IMAGES, measure_statistics, statistics_of
 
 FORMAT, VERSION = "autodet-pool", 1
-STATISTICS_FORMAT = 1
+STATISTICS_FORMAT = 2  # of the way in which they are measured
+LIMITED = ("latency_ms", "macs_g", "params_m")  # by which a member can be looked up
 MANIFEST, WEIGHTS, MEMBERS = "manifest.json", "weights.safetensors", "members.csv"
-RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 256, 16  # OFA takes 2,000 images of ImageNet [fewer: ours]
 
 
 class PoolError(ValueError):
@@ -108,7 +108,7 @@ class TeacherPool:
         path = None if cache is None else cache / "statistics" / f"{self._statistics_key(detector, loader)}.safetensors"
         if path is not None and path.exists() and _put_statistics(detector, path):
             return detector
-        recalibrate(detector, loader.eval_batches(RECALIBRATION_BATCH), RECALIBRATION_IMAGES)
+        measure_statistics(detector, loader)
         detector.model.eval()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class TeacherPool:
 
     def _statistics_key(self, detector: Detector, loader: Loader) -> str:
         """All that a member's statistics depend on."""
-        images = [loader.cache.path.name, loader.dataset.annotations_hash, RECALIBRATION_IMAGES, RECALIBRATION_BATCH]
+        images = [loader.cache.path.name, loader.dataset.annotations_hash, IMAGES, BATCH]
         parts = [STATISTICS_FORMAT, self.hash, str(detector.spec), *images]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -192,15 +192,19 @@ def read_members(folder: Path) -> pd.DataFrame:
         raise PoolError(
             f"{folder} has no {MEMBERS}: its members were not measured yet; train_teacher_pool.py --resume."
         )
-    return pd.read_csv(path)
+    frame = pd.read_csv(path)
+    missing = [column for column in ("member", "ap", *LIMITED) if column not in frame]
+    if missing:
+        raise PoolError(f"{path} has no column {', '.join(missing)}: delete it and let members be measured anew.")
+    return frame
 
 
 def best_member(folder: Path, limits: Mapping[str, float]) -> Member:
     """The measured member of the highest AP within limits, such as ``{"latency_ms": 30}``; PoolError if none is."""
     frame = read_members(folder)
-    unknown = sorted(set(limits) - {"latency_ms", "macs_g", "params_m"})
+    unknown = sorted(set(limits) - set(LIMITED))
     if unknown:
-        raise PoolError(f"Expected limits of latency_ms, macs_g or params_m, found {unknown}.")
+        raise PoolError(f"Expected limits of {', '.join(LIMITED)}, found {', '.join(unknown)}.")
     within = frame
     for column, limit in limits.items():
         within = within[within[column] <= limit]

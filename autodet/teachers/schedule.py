@@ -73,11 +73,12 @@ class Schedule:
             raise ScheduleError("Expected at least one phase, found none.")
 
     @classmethod
-    def shrinking(cls, epochs: int, largest: int, random: int = 2, openings: int = 4) -> Schedule:
+    def shrinking(cls, epochs: int, largest: int, random: int = 2, openings: int = 4, whole: float = 0.7) -> Schedule:
         """Integrated progressive shrinking (Joint-DetNAS, Yao et al. 2021): depth and width open together, in one run.
 
-        The first ``largest`` epochs train the largest member alone; the rest is split evenly among ``openings`` parts,
-        of which each opens as much of the space. How "integrated" was meant, and the even split, are [ours].
+        The first ``largest`` epochs train the largest member alone; then each of ``openings`` phases opens as much of
+        the space. The last has the share ``whole`` of these epochs, as it alone trains all members; the others are
+        equally long. How "integrated" was meant, and all shares, are [ours].
         """
         rest = epochs - largest
         if largest < 1 or openings < 1 or rest < openings:
@@ -85,7 +86,9 @@ class Schedule:
                 f"Expected at least 1 epoch for the largest member and 1 for each of {openings} openings, found"
                 f" {largest} of {epochs}."
             )
-        ends = [round(rest * part / openings) for part in range(openings + 1)]
+        steps = openings - 1
+        before = max(steps, rest - round(whole * rest)) if steps else 0
+        ends = [round(before * part / max(1, steps)) for part in range(steps + 1)] + [rest]
         shrinking = [Phase(ends[i + 1] - ends[i], (i + 1) / openings, random) for i in range(openings)]
         return cls((Phase(largest), *shrinking))
 

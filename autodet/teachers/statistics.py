@@ -8,24 +8,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from autodet.data import Batch
+from autodet.data import Batch, Loader
 from autodet.detectors import Detector
 
+IMAGES, BATCH = 256, 16  # that statistics are measured on; OFA takes 2,000 of ImageNet [fewer: ours]
 
-def recalibrate(detector: Detector, batches: Iterable[Batch], images: int) -> None:
-    """Replace the body's running means and variances by averages over the batches of (at least) ``images`` images.
 
-    Deterministic; every batch weighs alike. Modes and weights stay as they are. (Yu & Huang 2019, post-statistics.)
+def measure_statistics(detector: Detector, loader: Loader) -> None:
+    """Replace the body's running means and variances by averages over a sample of the loader's images.
+
+    The sample is the same every time. (Yu & Huang 2019, post-statistics.)
+    """
+    recalibrate(detector, loader.sample(BATCH, IMAGES))
+
+
+def recalibrate(detector: Detector, batches: Iterable[Batch]) -> None:
+    """Replace the body's running means and variances by averages over batches, of which each weighs alike.
+
+    Modes and weights stay as they are.
     """
     device = next(detector.model.parameters()).device
 
     def tensors() -> Iterator[Tensor]:
-        seen = 0
         for batch in batches:
             yield detector.preprocess([image.to(device) for image in batch.images]).images.tensors
-            seen += len(batch.images)
-            if seen >= images:
-                return
 
     backbone = detector.model.get_submodule("backbone")
     with torch.no_grad():

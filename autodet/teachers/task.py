@@ -14,10 +14,9 @@ import torch
 
 from autodet.detectors import Detector, build
 from autodet.distill.formula import Formula
-from autodet.teachers.pool import RECALIBRATION_BATCH, RECALIBRATION_IMAGES
 from autodet.teachers.schedule import Schedule
 from autodet.teachers.space import Member, PoolSpace
-from autodet.teachers.statistics import recalibrate
+from autodet.teachers.statistics import measure_statistics
 from autodet.teachers.trainer import PoolSettings, PoolTrainer, Workers
 from autodet.training import Task, Workbench
 
@@ -113,7 +112,7 @@ class PoolBench:
 
     def measure(self, detector: Detector) -> float:
         """AP (0–1) of a member on the task's split, after measuring its norm statistics on training images."""
-        recalibrate(detector, self.bench.train_loader.eval_batches(RECALIBRATION_BATCH), RECALIBRATION_IMAGES)
+        measure_statistics(detector, self.bench.train_loader)
         detector.model.eval()
         return self.bench.measure(detector).ap or 0.0
 

@@ -32,12 +32,11 @@ from autodet.teachers.elastic import ElasticDetector, copies_of, sliced
 from autodet.teachers.importance import importance_order, sort_channels
 from autodet.teachers.schedule import Schedule, members_of_step
 from autodet.teachers.space import Member, PoolSpace
-from autodet.teachers.statistics import recalibrate
+from autodet.teachers.statistics import measure_statistics
 from autodet.training.loop import Clock, Epoch, Trainer, step_seed
 from autodet.training.settings import TrainSettings
 
 PRESENT = "present"  # under this name, the share of the images whose steps trained a role
-SORTING_IMAGES = 128  # that the norm statistics are measured on before channels are sorted [ours]
 
 
 class Workers(Protocol):
@@ -46,11 +45,11 @@ class Workers(Protocol):
     rank: int
     count: int
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all workers, in place."""
         ...
 
-    def share(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         """Replace a tensor by the first worker's, in place."""
         ...
 
@@ -66,10 +65,10 @@ class Alone:
     rank: int = 0
     count: int = 1
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """The sum over one."""
 
-    def share(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         """The first one's own."""
 
     def merged(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -154,7 +153,7 @@ class PoolTrainer(Trainer):
         for module in [self.detector.model] + ([self.averaged] if self.averaged is not None else []):
             for tensor in module.state_dict().values():
                 if tensor.device.type == self.device.type:  # NCCL takes none from elsewhere, such as a counter
-                    self.workers.share(tensor)
+                    self.workers.broadcast(tensor)
 
     def member(self, member: Member) -> Detector:
         """A copy of a member with the weights to evaluate and keep, without norm statistics of its own."""
@@ -190,6 +189,7 @@ class PoolTrainer(Trainer):
 
     def _accumulate(self, step: int, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         self.elastic.gradient.zero_()
+        batch = self._moved(batch)  # once, not for every unit
         taught = _Taught(self)
         sandwich = self.pool.schedule.phase_at(step // self.steps_per_epoch).sandwich
         units = self.units(step, batch.key)
@@ -211,7 +211,7 @@ class PoolTrainer(Trainer):
             for name, loss in (losses | {PRESENT: torch.ones((), device=self.device)}).items():
                 key = f"{unit.role}/{name}"
                 totals[key] = totals.get(key, torch.zeros((), device=self.device)) + loss.detach() * unit.share / like
-        self.workers.add_up(self.elastic.gradient)
+        self.workers.all_reduce(self.elastic.gradient)
         clock.tick("step")
         return totals
 
@@ -240,11 +240,10 @@ class PoolTrainer(Trainer):
 
     def _sort(self) -> None:
         """Put channels in the first worker's order of importance: on unlike machines others may differ by rounding."""
-        batches = self.loader.eval_batches(self.settings.batch_size)
-        recalibrate(self.detector, batches, SORTING_IMAGES)
+        measure_statistics(self.detector, self.loader)
         order = importance_order(self.detector.model.state_dict(), self.detector.spec)
         for channels in order.values():
-            self.workers.share(channels)
+            self.workers.broadcast(channels)
         copies = [self.averaged.module] if self.averaged is not None else []
         sort_channels(self.detector.model, self.detector.spec, order, self.optimizer, *copies)
 

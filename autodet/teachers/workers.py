@@ -14,11 +14,11 @@ class DistributedWorkers:
     def __init__(self) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all workers, in place."""
         dist.all_reduce(tensor)
 
-    def share(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         """Replace a tensor by the first worker's, in place."""
         dist.broadcast(tensor, src=0)
 

@@ -175,12 +175,17 @@ class Trainer:
         return losses | self.extra(batch, inputs, features, dense) if self.extra else losses
 
     def _preprocessed(self, detector: Detector, batch: Batch) -> Inputs:
-        images = [image.to(self.device, non_blocking=True) for image in batch.images]
-        targets = [{key: value.to(self.device) for key, value in target.items()} for target in batch.targets]
-        inputs = detector.preprocess(images, targets)
+        batch = self._moved(batch)
+        inputs = detector.preprocess(batch.images, batch.targets)
         if self.settings.channels_last:
             inputs.images.tensors = inputs.images.tensors.contiguous(memory_format=torch.channels_last)
         return inputs
+
+    def _moved(self, batch: Batch) -> Batch:
+        """The batch on the training's device; the same tensors where it is there already."""
+        images = [image.to(self.device, non_blocking=True) for image in batch.images]
+        targets = [{key: value.to(self.device) for key, value in target.items()} for target in batch.targets]
+        return Batch(batch.key, images, targets)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.settings.precision == "bf16":

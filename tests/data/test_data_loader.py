@@ -171,6 +171,22 @@ def test_eval_batches_are_in_order_and_unmirrored(dataset: CocoDataset, tmp_path
     assert [int(t["image_id"]) for batch in batches for t in batch.targets] == [10, 20, 30]
 
 
+def test_a_sample_is_the_same_every_time_and_of_full_batches(dataset: CocoDataset, tmp_path: Path) -> None:
+    loader = loader_of(dataset, tmp_path)
+    first, again = ([batch.key for batch in loader.sample(2, 2)] for _ in range(2))
+    assert first == again and len(first) == 1 and len(first[0].indices) == 2 and not any(first[0].flipped)
+    assert [len(batch.images) for batch in loader.sample(2, 100)] == [2]  # the third image fills no batch
+    assert sorted(i for batch in loader.sample(1, 100) for i in batch.key.indices) == [0, 1, 2]
+    assert [len(batch.images) for batch in loader.sample(8, 1)] == [3]  # fewer than one batch
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_a_sample_puts_like_shapes_together(dataset: CocoDataset, tmp_path: Path, odd: int) -> None:
+    loader = loader_of(dataset, tmp_path)
+    loader._groups = [0 if i != odd else 1 for i in range(3)]
+    assert [set(batch.key.indices) for batch in loader.sample(2, 2)] == [{0, 1, 2} - {odd}]
+
+
 def test_a_subset_uses_the_cache_of_the_whole(dataset: CocoDataset, tmp_path: Path) -> None:
     whole = loader_of(dataset, tmp_path)
     part = dataset.subset(0.67, seed=2)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,17 +29,19 @@ import train_teacher_pool
 from detector_cases import small_spec
 
 from autodet.data.shapes import CATEGORY_IDS
-from autodet.detectors import build, load_detector, save_detector
+from autodet.detectors import Detector, DetectorSpec, build, load_detector, save_detector
 from autodet.detectors.spec import FAMILIES
 from autodet.distill import why_incomparable
 from autodet.ledger import Ledger
+from autodet.records import Metrics
 from autodet.runtime.pool_measuring import MEASURED, measure_side_by_side
-from autodet.runtime.pool_training import PROGRESS
+from autodet.runtime.pool_training import CHECKPOINT, PROGRESS, TRAIN_FOLDER, Workers
 from autodet.runtime.weight_cache import cache_of_this_node
 from autodet.search.session import MachineError
 from autodet.teachers import Member, ScheduleError, SpaceError
 from autodet.teachers.elastic import member_spec
 from autodet.teachers.pool import PoolError, TeacherPool
+from autodet.teachers.statistics import measure_statistics, statistics_of
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task, TrainSettings, Workbench
 
@@ -45,32 +51,69 @@ LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
 
 def kill_a_worker(folder: Path, after: int, killed: list[int]) -> None:
     """Kill one of Ray Train's workers once some epochs are done."""
-    while not (folder / PROGRESS).exists() or len((folder / PROGRESS).read_text().splitlines()) < after:
-        time.sleep(0.05)
-    titles = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
-    workers = [int(pid) for pid, title in titles.items() if b"RayTrainWorker" in title]
+    wait_for_epochs(folder, after)
+    workers: list[int] = []
+    while not workers:  # one that was lost may just be replaced
+        pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+        workers = [pid for pid in pids if "RayTrainWorker" in read(pid, "cmdline") and os.getpid() in ancestors(pid)]
     os.kill(workers[-1], signal.SIGKILL)
     killed.append(workers[-1])
 
 
+def wait_for_epochs(folder: Path, count: int, driver: subprocess.Popen[bytes] | None = None) -> None:
+    """Until a training has done some epochs, while its driver runs."""
+    while not (folder / PROGRESS).exists() or len((folder / PROGRESS).read_text().splitlines()) < count:
+        assert driver is None or driver.poll() is None
+        time.sleep(0.05)
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """The processes that a process comes from: another run's on this machine must not be killed."""
+    while pid > 1:
+        status = dict(line.split(":", 1) for line in read(pid, "status").splitlines() if ":" in line)
+        pid = int(status.get("PPid", 0))
+        yield pid
+
+
+def read(pid: int, name: str) -> str:
+    """A file about a process, which may have ended meanwhile."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_text()
+    return ""
+
+
 @pytest.fixture(scope="module")
 def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished pool at preset smoke, one of whose two workers was killed in the middle of its training."""
+    """A finished pool at preset smoke, stopped and damaged on its way.
+
+    Its driver was killed after two epochs, in the middle of writing Ray's list of checkpoints; then one of its two
+    workers, where it had had one before.
+    """
     folder = tmp_path_factory.mktemp("runs") / "pool"
     cache = str(tmp_path_factory.mktemp("cache"))
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(folder, 3, killed), daemon=True)
-    killer.start()
     options = ["--preset", "smoke", "--family", "fcos", "--output", str(folder), "--cache", cache]
     # A formula that does not divide by small deviations, so that rounding stays as small as it is.
-    options += ["--schedule", SCHEDULE, "--check-every", "3", "--formula", "global: l2 * 0.1"]
-    assert train_teacher_pool.main([*options, "--workers", "2"]) == 0
+    options += ["--schedule", SCHEDULE, "--check-every", "3", "--formula", "global: l2 * 0.1", "--workers", "1"]
+    script = str(Path(train_teacher_pool.__file__))
+    driver = subprocess.Popen([sys.executable, script, *options])
+    wait_for_epochs(folder, 3, driver)
+    driver.kill()
+    driver.wait()
+    before = (folder / PROGRESS).read_text().splitlines()
+    snapshot = folder / TRAIN_FOLDER / "checkpoint_manager_snapshot.json"
+    snapshot.write_text(snapshot.read_text()[:40])
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(folder, len(before) + 2, killed), daemon=True)
+    killer.start()
+    assert train_teacher_pool.main(["--resume", str(folder), "--workers", "2"]) == 0
     assert len(killed) == 1
+    after = (folder / PROGRESS).read_text().splitlines()
+    assert after[: len(before) - 1] == before[:-1]  # seconds included: only what no checkpoint held was trained again
     return folder
 
 
 def test_a_lost_worker_changes_nothing_and_no_epoch_counts_twice(run: Path) -> None:
-    """Two workers, one of which was lost, against one process that does everything."""
+    """One worker, then two, of which one was lost, against one process that does everything."""
     task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
     bench = PoolBench(task)
     alone = bench.trainer()
@@ -83,6 +126,12 @@ def test_a_lost_worker_changes_nothing_and_no_epoch_counts_twice(run: Path) -> N
     found = TeacherPool.open(run / "pool").extract(task.space.largest).model
     for name, parameter in alone.member(task.space.largest).model.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), parameter, rtol=0, atol=1e-5)
+
+
+def test_a_finished_run_keeps_no_checkpoints(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.json", "pool", "pictures", PROGRESS, MEASURED}
+    assert not [name for name in names if name == CHECKPOINT or name.startswith(TRAIN_FOLDER)]
 
 
 def test_a_pool_is_trained_measured_and_drawn(run: Path) -> None:
@@ -104,7 +153,9 @@ def test_a_finished_pool_is_only_shown_again(run: Path, capsys: pytest.CaptureFi
     assert "192 members" in capsys.readouterr().out
 
 
-def test_members_are_measured_through_the_cache_and_none_twice(run: Path, tmp_path: Path) -> None:
+def test_members_are_measured_through_the_cache_and_none_twice(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same AP as from the pool's folder without Ray; after a stop only those that are missing."""
     task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
     pool, bench = TeacherPool.open(run / "pool"), PoolBench(task)
@@ -114,43 +165,65 @@ def test_members_are_measured_through_the_cache_and_none_twice(run: Path, tmp_pa
         assert ap == bench.bench.measure(pool.take(member, bench.bench.train_loader)).ap
         assert before == bench.bench.measure(pool.extract(member)).ap
     assert pool.hash in ray.get(cache_of_this_node().facts.remote())["kept"]
-    kept = json.dumps({"member": str(members[0]), "ap": 0.75, "ap_before": 0.5})
-    (tmp_path / MEASURED).write_text(kept + "\n")
+    # Detectors as small as these find nothing: that they were the right ones is seen by the statistics they left.
+    monkeypatch.setattr("autodet.teachers.pool.measure_statistics", None)
+    for member in members:
+        kept = pool.take(member, bench.bench.train_loader, Path(task.task.cache))
+        anew = pool.extract(member)
+        measure_statistics(anew, bench.bench.train_loader)
+        for name, value in statistics_of(anew).items():
+            torch.testing.assert_close(kept.model.get_buffer(name), value, rtol=1e-4, atol=1e-6)
+    line = json.dumps({"member": str(members[0]), "ap": 0.75, "ap_before": 0.5})
+    (tmp_path / MEASURED).write_text(line + "\n")
     assert measure_side_by_side(task, tmp_path, run / "pool", members) == found | {members[0]: (0.75, 0.5)}
 
 
 def test_a_member_that_cannot_be_measured_stops_with_its_cause(run: Path, tmp_path: Path) -> None:
     task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
-    with pytest.raises(MachineError, match=r"Measuring basic-8.* failed: .* is no complete pool"):
+    with pytest.raises(MachineError, match=r"measuring basic-8.* failed: .* is no complete pool"):
         measure_side_by_side(task, tmp_path, tmp_path, [task.space.smallest])
 
 
 def test_members_are_compared_with_detectors_trained_alone(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AP on test against measuring the same weights here; a resumed comparison trains nothing again."""
+    """What is in the table is of these weights, on test; a resumed comparison trains nothing again.
+
+    Detectors as small as these find nothing, so in place of AP stands a number that tells weights apart.
+    """
+
+    def fingerprint(bench: Workbench, detector: Detector) -> Metrics:
+        assert bench.task.split == "test"
+        return Metrics(ap=sum(float(value.double().abs().mean()) for value in detector.model.state_dict().values()))
+
+    monkeypatch.setattr(Workbench, "measure", fingerprint)
     folder = tmp_path / "compared"
     assert compare_pool.main(["--run", str(run), "--members", "2", "--output", str(folder)]) == 0
     table = pd.read_csv(folder / "members.csv")
     pool, task = TeacherPool.open(run / "pool"), task_of(run)
     assert table["member"].tolist() == [str(pool.space.smallest), str(pool.space.largest)]
-    files = sorted((folder / "alone").glob("*/*.safetensors"))
+    files = sorted((folder / "alone").glob("??/*.safetensors"))
     for row, file in zip(table.to_dict("records"), files, strict=True):
         alone, _ = load_detector(file)
         bench = Workbench(replace(task, student=alone.spec, split="test"))
         taken = pool.take(Member.parse(str(row["member"])), bench.train_loader)
         assert (row["alone"], row["pool"]) == (bench.measure(alone).ap, bench.measure(taken).ap)
+        assert row["alone"] != row["pool"]
         assert row["gap"] == pytest.approx(row["alone"] - row["pool"])
     assert "mean gap" in capsys.readouterr().out
     written = {file: file.stat().st_mtime_ns for file in files}
     shutil.copytree(run / "pool", tmp_path / "twin" / "pool")
     for _ in range(2):  # the second time, twin is on record
-        assert compare_pool.main(["--resume", str(folder), "--also", str(tmp_path / "twin")]) == 0
+        extended = ["--resume", str(folder), "--also", str(tmp_path / "twin"), "--seeds", "2"]
+        assert compare_pool.main(extended) == 0
         assert {file: file.stat().st_mtime_ns for file in files} == written
     found = pd.read_csv(folder / "members.csv")
-    pd.testing.assert_frame_equal(found.drop(columns="twin"), table)
-    assert found["twin"].tolist() == found["pool"].tolist()
-    assert "pool minus twin: +0.00 [+0.00, +0.00] points" in capsys.readouterr().out
+    assert found["pool"].tolist() == found["twin"].tolist() == table["pool"].tolist()
+    first, second = found["alone, training 1"], found["alone, training 2"]
+    assert first.tolist() == table["alone"].tolist() and not first.equals(second)
+    assert found["alone"].tolist() == pytest.approx(((first + second) / 2).tolist())
+    printed = capsys.readouterr().out
+    assert "pool minus twin: +0.00 [+0.00, +0.00] points" in printed and "two trainings alone" in printed
 
 
 def test_what_cannot_be_compared_is_refused(run: Path, tmp_path: Path) -> None:
@@ -210,15 +283,25 @@ def test_a_teacher_is_the_best_member_within_a_limit(run: Path) -> None:
     student = task_of(run).student
     spec = teachers.named_teacher_spec(Path(f"{run / 'pool'}:macs_g<={limit}, latency_ms <= 1e9"), student, None)
     assert members.set_index("member").loc[str(Member(spec.body, spec.min_size)), "ap"] == best["ap"]
+    assert teachers.named_teacher_spec(run, student, None) == pool_spec(run)  # the run stands for its pool
+    identity = teachers.member_identity(Path(f"{run / 'pool'}:macs_g<={limit}"))
+    assert identity == {"pool": TeacherPool.open(run / "pool").hash, "member": str(Member(spec.body, spec.min_size))}
+    assert teachers.member_identity(run / "config.json") == {}
     for text, reason in [("macs_g<=0", "has macs_g ≤ 0"), ("macs_g<=x", "Expected a limit"), ("ap<=1", "limits of")]:
         with pytest.raises(PoolError, match=reason):
             teachers.named_teacher_spec(Path(f"{run / 'pool'}:{text}"), student, None)
+
+
+def pool_spec(run: Path) -> DetectorSpec:
+    return TeacherPool.open(run / "pool").spec
 
 
 def test_what_is_no_teacher_is_refused_before_anything_starts(run: Path, tmp_path: Path) -> None:
     student = task_of(run).student
     with pytest.raises(PoolError, match=r"it has no manifest\.json"):
         teachers.named_teacher_spec(tmp_path, student, None)
+    with pytest.raises(PoolError, match=r"neither a file .* nor a folder"):
+        teachers.named_teacher_spec(Path("nowhere:basic-8:8x1@64"), student, None)
     with pytest.raises(SpaceError, match="is no member of the pool"):
         teachers.named_teacher_spec(Path(f"{run / 'pool'}:basic-9:9x1-8x1-16x1-16x1@64"), student, None)
     options = ["--preset", "smoke", "--family", "fcos", "--output", str(tmp_path / "new"), "--cache", str(tmp_path)]
@@ -256,6 +339,13 @@ def test_mistakes_are_found_before_anything_is_trained(
 @pytest.mark.parametrize(("text", "workers"), [("3", 3), ("1-4", (1, 4))])
 def test_workers_are_a_number_or_a_range(text: str, workers: object) -> None:
     assert train_teacher_pool.worker_range(text) == workers
+
+
+def test_of_a_range_ray_is_told_what_this_machine_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    wanted: dict[Workers, int] = {(1, 4): 4, (1, 16): 6, (8, 16): 8, 3: 3}
+    assert {workers: train_teacher_pool.cpus_for(workers, 1) for workers in wanted} == wanted
+    assert train_teacher_pool.cpus_for((1, 16), 2) == 6 and train_teacher_pool.cpus_for(4, 2) == 8
 
 
 @pytest.mark.parametrize("text", ["0", "4-1", "a", "1-"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ import torch
 from torch import Tensor
 
 from autodet.detectors.weights import WeightsError, save_weights, weights_hash
-from autodet.runtime.weight_cache import SharedWeights, WeightCache, cache_of_this_node, shared_weights
+from autodet.runtime.weight_cache import (
+    NAMESPACE,
+    SharedWeights,
+    WeightCache,
+    cache_of_this_node,
+    drop_caches,
+    shared_weights,
+)
 
 MEGABYTES = 40
 
@@ -92,6 +100,33 @@ def test_a_cache_that_dies_is_rebuilt_from_the_file(weights: tuple[Path, str, di
     assert all(torch.equal(after(name), value) for name, value in state.items())
     assert torch.equal(before("layer0"), state["layer0"])  # what was mapped stays readable
     assert ray.get(cache_of_this_node().__ray_call__.remote(lambda _: os.getpid())) != victim
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cache_that_nobody_reads_ends_and_is_made_again(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
+    path, hash, state = weights
+    drop_caches()
+    wait_for(names_of_caches, until=lambda names: not names)
+    ended = cache_of_this_node(idle=0.5)
+    ray.get(ended.get.remote(hash, str(path)))
+    wait_for(names_of_caches, until=lambda names: not names)
+    assert torch.equal(shared_weights(hash, path)("layer0"), state["layer0"])
+    drop_caches()
+    wait_for(names_of_caches, until=lambda names: not names)
+
+
+def names_of_caches() -> list[str]:
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in found if actor["namespace"] == NAMESPACE]
+
+
+def wait_for(read: Callable[[], Any], until: Callable[[Any], bool], seconds: float = 20) -> Any:
+    """What is read, once it is as wanted."""
+    deadline = time.monotonic() + seconds
+    while not until(found := read()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
 
 
 @pytest.mark.usefixtures("ray_cluster")

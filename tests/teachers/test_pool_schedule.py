@@ -10,14 +10,17 @@ from pool_cases import space_of
 from autodet.teachers.schedule import Phase, Schedule, ScheduleError, members_of_step
 
 
-def test_shrinking_opens_evenly_after_the_largest() -> None:
-    schedule = Schedule.shrinking(30, largest=10, random=2)
+def test_shrinking_opens_evenly_and_trains_the_whole_for_longest() -> None:
+    schedule = Schedule.shrinking(40, largest=10, random=2)
     assert str(schedule) == (
-        "10*largest > 5*sandwich(0.25, 2) > 5*sandwich(0.5, 2) > 5*sandwich(0.75, 2) > 5*sandwich(1, 2)"
+        "10*largest > 3*sandwich(0.25, 2) > 3*sandwich(0.5, 2) > 3*sandwich(0.75, 2) > 21*sandwich(1, 2)"
     )
-    assert schedule.epochs == 30 and schedule.sorted_at == 10
-    assert [schedule.phase_at(epoch).open for epoch in (0, 9, 10, 14, 15, 29, 99)] == [0, 0, 0.25, 0.25, 0.5, 1, 1]
-    assert list(schedule.openings) == [0, 10, 15, 20, 25]
+    assert schedule.epochs == 40 and schedule.sorted_at == 10
+    assert [schedule.phase_at(epoch).open for epoch in (0, 9, 10, 12, 13, 39, 99)] == [0, 0, 0.25, 0.25, 0.5, 1, 1]
+    assert list(schedule.openings) == [0, 10, 13, 16, 19]
+    even = Schedule.shrinking(30, largest=10, whole=0.25)
+    assert [phase.epochs for phase in even.phases] == [10, 5, 5, 5, 5]
+    assert str(Schedule.shrinking(5, largest=1, openings=1)) == "1*largest > 4*sandwich(1, 2)"
 
 
 def test_the_steps_of_a_phase_are_as_large_as_its_sandwich() -> None:
@@ -26,9 +29,11 @@ def test_the_steps_of_a_phase_are_as_large_as_its_sandwich() -> None:
 
 
 def test_what_does_not_divide_is_spread_over_the_openings() -> None:
-    schedule = Schedule.shrinking(10, largest=3, openings=4)
-    assert [phase.epochs for phase in schedule.phases] == [3, 2, 2, 1, 2]
+    schedule = Schedule.shrinking(10, largest=3, openings=4, whole=0.3)
+    assert [phase.epochs for phase in schedule.phases] == [3, 2, 1, 2, 2]
     assert schedule.epochs == 10
+    tight = Schedule.shrinking(6, largest=2, openings=4, whole=0.9)  # each opening has an epoch at least
+    assert [phase.epochs for phase in tight.phases] == [2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -83,4 +88,4 @@ def test_the_other_kinds_of_steps() -> None:
 def test_the_table_says_what_each_phase_opens() -> None:
     lines = Schedule.shrinking(6, largest=2, openings=2).table(space_of("tied")).split("\n")
     assert lines[0].split() == ["epochs", "1", "to", "2", "1", "members", "basic-16:16x2-16x3(12)-16x2-24x1@64"]
-    assert lines[2].startswith("epochs    5 to 6") and f"{space_of('tied').count:,} members" in lines[2]
+    assert lines[2].startswith("epochs    4 to 6") and f"{space_of('tied').count:,} members" in lines[2]

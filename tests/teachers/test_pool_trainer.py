@@ -21,7 +21,7 @@ from autodet.detectors import build
 from autodet.distill.formula import Formula
 from autodet.teachers.importance import channel_importance, importance_order
 from autodet.teachers.schedule import Schedule
-from autodet.teachers.statistics import recalibrate
+from autodet.teachers.statistics import measure_statistics
 from autodet.teachers.trainer import Alone, PoolSettings, PoolTrainer, Workers
 from autodet.teachers.workers import DistributedWorkers
 from autodet.training import Trainer, TrainSettings
@@ -151,9 +151,9 @@ class Half:
     def __init__(self, rank: int) -> None:
         self.rank, self.count = rank, 2
 
-    def add_up(self, tensor: Tensor) -> None: ...
+    def all_reduce(self, tensor: Tensor) -> None: ...
 
-    def share(self, tensor: Tensor) -> None: ...
+    def broadcast(self, tensor: Tensor) -> None: ...
 
     def merged(self, values: Mapping[str, float]) -> dict[str, float]:
         return dict(values)
@@ -235,6 +235,21 @@ def test_the_largest_teaches_the_others_and_not_itself(make: Make) -> None:
     assert not [name for name in uniform.losses if "distill" in name]
 
 
+@pytest.mark.parametrize("family", sorted(FORMULAS))
+def test_bf16_gives_the_gradient_of_float32_up_to_its_precision(family: str, make: Make) -> None:
+    """A step of the sandwich; the weights and their gradients stay float32."""
+    gradients = []
+    for precision in ("float32", "bf16"):
+        trainer = make(family, schedule="1*sandwich(1, 1)")
+        trainer.settings = replace(trainer.settings, precision=precision)
+        trainer.detector.model.train()
+        trainer._accumulate(0, trainer.loader.load(trainer.loader.keys(0)[0]), Clock())
+        gradients.append(trainer.elastic.gradient)
+    assert gradients[1].dtype == torch.float32 and bool(torch.isfinite(gradients[1]).all())
+    assert not torch.equal(*gradients)
+    assert float(torch.cosine_similarity(gradients[0], gradients[1], dim=0)) > 0.9
+
+
 def test_statistics_are_not_tracked_in_training(make: Make) -> None:
     trainer = make("fcos", schedule="1*sandwich(1, 1)")
     before = {name: buffer.clone() for name, buffer in trainer.detector.model.named_buffers() if buffer.dim()}
@@ -274,9 +289,9 @@ class First:
     def __init__(self, orders: list[Tensor]) -> None:
         self.rank, self.count, self.orders = 1, 2, orders
 
-    def add_up(self, tensor: Tensor) -> None: ...
+    def all_reduce(self, tensor: Tensor) -> None: ...
 
-    def share(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         tensor.copy_(self.orders.pop(0))
 
     def merged(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -300,7 +315,7 @@ def test_channels_are_sorted_once_before_the_widths_open(make: Make) -> None:
     trainer = make("fcos")
     reports = trainer.epochs()
     next(reports)
-    recalibrate(trainer.detector, trainer.loader.eval_batches(3), 8)
+    measure_statistics(trainer.detector, trainer.loader)
     before = channel_importance(trainer.detector.model.state_dict(), trainer.detector.spec)
     assert any((values[:-1] < values[1:] * 0.999).any() for values in before.values())
     trainer._sort()

@@ -22,6 +22,7 @@ ROOMS = (
     "evaluation",
     "distill",
     "training",
+    "morphism",
     "teachers",
     "search",
     "runtime",
@@ -52,7 +53,7 @@ def test_rooms_import_one_way(path: Path) -> None:
     room = room_of(path)
     used = {name.split(".")[1] for name in imported(path) if name.startswith("autodet.")}
     if room == "__init__":
-        assert used <= {"data", "detectors", "distill", "training"}  # the package's face
+        assert used <= {"data", "detectors", "distill", "teachers", "training"}  # the package's face
     elif room == "results":
         assert used <= RESULTS_READS
     else:
@@ -72,6 +73,6 @@ def test_the_core_works_where_ray_is_not_installed() -> None:
     code = (
         "import sys; sys.modules['ray'] = None\n"
         "import autodet.data, autodet.detectors, autodet.evaluation, autodet.distill\n"
-        "import autodet.training, autodet.search, autodet.results.report\n"
+        "import autodet.training, autodet.morphism, autodet.teachers, autodet.search, autodet.results.report\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -8,33 +8,55 @@ pruning channels all need this table, and nothing else about the network.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from autodet.detectors.arch import STAGES, Arch
 from autodet.detectors.spec import BODY_STRIDES, DetectorSpec
 
-Groups = tuple[str | None, ...]  # a tensor's dimensions → the group of channels that each is, None for all others
-BODY, FPN = "backbone.body.", "backbone.fpn."
+
+class Blocks(NamedTuple):
+    """A dimension in which each channel of a group is ``size`` neighbouring places.
+
+    A fully connected layer sees roi_size² of them of each channel; of a group norm only all channels of a group can go.
+    """
+
+    group: str
+    size: int
+
+
+Dim = str | Blocks | None
+Groups = tuple[Dim, ...]  # a tensor's dimensions → the group of channels that each is, None for all others
+BODY, FPN, ROI = "backbone.body.", "backbone.fpn.", "roi_heads."
 
 
 def channel_groups(spec: DetectorSpec) -> dict[str, Groups]:
-    """Names of the body's tensors, and of those that read it, as in the plain model's state dict → their groups.
+    """Names of a detector's tensors, as in the plain model's state dict → the groups of their dimensions.
 
-    A group is named after the convolution that makes it (``conv1``, ``layer2.0.conv1``), a stage's outputs after the
-    stage (``layer2``). A stem as wide as a first stage without a projection belongs to ``layer1``. In convolutions of
-    several groups the inner channels are left out: a part of them is not the first ones.
+    A group is named after the layer that makes it (``conv1``, ``layer2.0.conv1``, ``rpn.0``), a stage's outputs after
+    the stage (``layer2``), the pyramid's maps before and after its last convolutions ``inner`` and ``outer``. A stem as
+    wide as a first stage without a projection belongs to ``layer1``. In convolutions of several groups the inner
+    channels are left out: a part of them is not the first ones. Tensors without any such dimension are left out.
     """
     groups = {BODY + name: dims for name, dims in _body_groups(spec.body)}
-    for index, stride in enumerate(spec.body_levels):
-        groups[f"{FPN}inner_blocks.{index}.0.weight"] = (None, f"layer{BODY_STRIDES.index(stride) + 1}")
-    if spec.top == "body":
-        groups[f"{FPN}extra_blocks.p6.weight"] = (None, f"layer{STAGES}")
-    return groups
+    groups |= dict(_pyramid_groups(spec))
+    return groups | dict(_two_stage_groups(spec) if spec.two_stage else _one_stage_groups(spec))
 
 
-def channel_counts(arch: Arch) -> dict[str, int]:
-    """Channels of each group."""
+def channel_counts(spec: DetectorSpec) -> dict[str, int]:
+    """Channels of each group; of a group that only goes in blocks, the number of blocks."""
+    counts = body_counts(spec.body) | {"inner": spec.neck_width, "outer": spec.neck_width}
+    if spec.two_stage:
+        towers = {f"rpn.{index}": spec.neck_width for index in range(spec.rpn_depth)}
+        return counts | towers | {"fc6": spec.head_width, "fc7": spec.head_width}
+    width = spec.head_groups or spec.neck_width
+    return counts | {f"{tower}.{index}": width for tower in TOWERS for index in range(spec.head_depth)}
+
+
+def body_counts(arch: Arch) -> dict[str, int]:
+    """Channels of each group of a body."""
     counts = {} if _stem_group(arch) != "conv1" else {"conv1": arch.stem}
     for number, stage in enumerate(arch.stages, 1):
         counts[f"layer{number}"] = stage.width
@@ -47,20 +69,46 @@ def channel_counts(arch: Arch) -> dict[str, int]:
 def first_channels(dims: int, groups: Groups, counts: Mapping[str, int]) -> tuple[slice, ...]:
     """An index of the first channels of each group, as many as ``counts`` says, in a tensor of a larger detector."""
     every = (*groups, *(None,) * (dims - len(groups)))
-    return tuple(slice(None) if group is None else slice(0, counts[group]) for group in every)
+    return tuple(slice(None) if dim is None else slice(0, counts[group_of(dim)] * size_of(dim)) for dim in every)
+
+
+def select(tensor: Tensor, groups: Groups, channels: Mapping[str, Tensor]) -> Tensor:
+    """The channels with the given numbers of each group that ``channels`` names, in that order."""
+    for axis, dim in enumerate(groups):
+        if dim is not None and group_of(dim) in channels:
+            size, numbers = size_of(dim), channels[group_of(dim)].to(tensor.device)
+            places = (numbers[:, None] * size + torch.arange(size, device=tensor.device)).flatten()
+            tensor = tensor.index_select(axis, places)
+    return tensor
+
+
+def group_of(dim: str | Blocks) -> str:
+    """The name of a dimension's group."""
+    return dim.group if isinstance(dim, Blocks) else dim
+
+
+def size_of(dim: str | Blocks) -> int:
+    """Places of each channel in a dimension."""
+    return dim.size if isinstance(dim, Blocks) else 1
 
 
 def producers(groups: Mapping[str, Groups]) -> dict[str, list[str]]:
-    """Group → names of the convolutions whose outputs it is."""
+    """Group → names of the weights whose outputs it is."""
     made: dict[str, list[str]] = {}
     for name, dims in groups.items():
         if len(dims) > 1 and dims[0] is not None:
-            made.setdefault(dims[0], []).append(name)
+            made.setdefault(group_of(dims[0]), []).append(name)
     return made
 
 
-def norm_after(convolution: str) -> str:
-    """The name of the norm on a body's convolution, both without ``.weight``: conv1 → bn1, downsample.0 → .1."""
+def norm_after(weight: str) -> str | None:
+    """The name of the batch norm on a weight of the body, without ``.weight``; None elsewhere.
+
+    ``conv1.weight`` → ``bn1``, ``downsample.0.weight`` → ``downsample.1``.
+    """
+    if not weight.startswith(BODY):
+        return None
+    convolution = weight.removesuffix(".weight")
     if convolution.endswith("downsample.0"):
         return convolution[:-1] + "1"
     stem, _, last = convolution.rpartition("conv")
@@ -69,8 +117,7 @@ def norm_after(convolution: str) -> str:
 
 def _body_groups(arch: Arch) -> Iterator[tuple[str, Groups]]:
     stem = _stem_group(arch)
-    yield "conv1.weight", (stem, None)
-    yield from _norm("bn1", stem)
+    yield from _normed("conv1", stem, None, "bn1")
     before = stem
     for number, stage in enumerate(arch.stages, 1):
         outputs = f"layer{number}"
@@ -79,21 +126,74 @@ def _body_groups(arch: Arch) -> Iterator[tuple[str, Groups]]:
             inputs: str | None = before
             for conv in _inner_convs(arch):
                 inner = f"{block}{conv}" if arch.groups == 1 else None
-                yield f"{block}{conv}.weight", (inner, inputs)
-                yield from _norm(norm_after(f"{block}{conv}"), inner)
+                yield from _normed(f"{block}{conv}", inner, inputs, f"{block}{conv.replace('conv', 'bn')}")
                 inputs = inner
-            last = f"{block}{'conv2' if arch.block == 'basic' else 'conv3'}"
-            yield f"{last}.weight", (outputs, inputs)
-            yield from _norm(norm_after(last), outputs)
+            last = "2" if arch.block == "basic" else "3"
+            yield from _normed(f"{block}conv{last}", outputs, inputs, f"{block}bn{last}")
             if index == 0 and (number > 1 or stem == "conv1"):
-                yield f"{block}downsample.0.weight", (outputs, before)
-                yield from _norm(f"{block}downsample.1", outputs)
+                yield from _normed(f"{block}downsample.0", outputs, before, f"{block}downsample.1")
             before = outputs
 
 
-def _norm(name: str, group: str | None) -> Iterator[tuple[str, Groups]]:
+def _pyramid_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:
+    for index, stride in enumerate(spec.body_levels):
+        yield from _biased(f"{FPN}inner_blocks.{index}.0", "inner", f"layer{BODY_STRIDES.index(stride) + 1}")
+        yield from _biased(f"{FPN}layer_blocks.{index}.0", "outer", "inner")
+    if spec.top != "pool":
+        yield from _biased(f"{FPN}extra_blocks.p6", "outer", f"layer{STAGES}" if spec.top == "body" else "outer")
+        yield from _biased(f"{FPN}extra_blocks.p7", "outer", "outer")
+
+
+def _two_stage_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:
+    before = "outer"
+    for index in range(spec.rpn_depth):
+        yield from _biased(f"rpn.head.conv.{index}.0", f"rpn.{index}", before)
+        before = f"rpn.{index}"
+    for name in ("cls_logits", "bbox_pred"):
+        yield f"rpn.head.{name}.weight", (None, before)
+    yield from _biased(f"{ROI}box_head.fc6", "fc6", Blocks("outer", spec.roi_size**2))
+    yield from _biased(f"{ROI}box_head.fc7", "fc7", "fc6")
+    for name in ("cls_score", "bbox_pred"):
+        yield f"{ROI}box_predictor.{name}.weight", (None, "fc7")
+
+
+TOWERS = ("classification", "regression")
+RESPONSES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "retinanet": {"classification": ("cls_logits",), "regression": ("bbox_reg",)},
+    "fcos": {"classification": ("cls_logits",), "regression": ("bbox_reg", "bbox_ctrness")},
+}
+
+
+def _one_stage_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:
+    for tower in TOWERS:
+        head = f"head.{tower}_head."
+        before: Dim = "outer"
+        for index in range(spec.head_depth):
+            made = f"{tower}.{index}"
+            outputs: Dim = Blocks(made, spec.neck_width // spec.head_groups) if spec.head_groups else made
+            # torchvision numbers FCOS's layers in one row, of three a convolution, RetinaNet's in nested pairs.
+            nested = spec.family == "retinanet"
+            conv, norm = (f"{index}.0", f"{index}.1") if nested else (str(3 * index), str(3 * index + 1))
+            yield f"{head}conv.{conv}.weight", (outputs, before)
+            if not (nested and spec.head_groups):  # before a norm these convolutions have no bias
+                yield f"{head}conv.{conv}.bias", (outputs,)
+            if spec.head_groups:
+                yield f"{head}conv.{norm}.weight", (outputs,)
+                yield f"{head}conv.{norm}.bias", (outputs,)
+            before = outputs
+        for name in RESPONSES[spec.family][tower]:
+            yield f"{head}{name}.weight", (None, before)
+
+
+def _biased(layer: str, outputs: Dim, inputs: Dim) -> Iterator[tuple[str, Groups]]:
+    yield f"{layer}.weight", (outputs, inputs)
+    yield f"{layer}.bias", (outputs,)
+
+
+def _normed(convolution: str, outputs: Dim, inputs: Dim, norm: str) -> Iterator[tuple[str, Groups]]:
+    yield f"{convolution}.weight", (outputs, inputs)
     for part in ("weight", "bias", "running_mean", "running_var"):
-        yield f"{name}.{part}", (group,)
+        yield f"{norm}.{part}", (outputs,)
 
 
 def _inner_convs(arch: Arch) -> tuple[str, ...]:
@@ -103,11 +203,3 @@ def _inner_convs(arch: Arch) -> tuple[str, ...]:
 def _stem_group(arch: Arch) -> str:
     """A block between equal widths adds its input to its output: then the stem's channels are stage 1's."""
     return "layer1" if arch.stem == arch.stages[0].width else "conv1"
-
-
-def select(tensor: Tensor, groups: Groups, channels: Mapping[str, Tensor]) -> Tensor:
-    """The channels with the given numbers of each group that ``channels`` names, in that order."""
-    for dim, group in enumerate(groups):
-        if group is not None and group in channels:
-            tensor = tensor.index_select(dim, channels[group].to(tensor.device))
-    return tensor

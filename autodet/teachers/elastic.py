@@ -98,7 +98,7 @@ def sliced(spec: DetectorSpec, groups: Mapping[str, Groups], take: Take) -> Dete
                 module.generate_anchors(sizes, ratios)
                 for sizes, ratios in zip(module.sizes, module.aspect_ratios, strict=True)
             ]
-    counts = channel_counts(spec.body)
+    counts = channel_counts(spec)
     for prefix, module in member.model.named_modules():
         for name, own in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             key = f"{prefix}.{name}" if prefix else name

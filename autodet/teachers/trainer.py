@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from autodet.data import Batch, Loader
 from autodet.data.loader import BatchKey
 from autodet.detectors import Detector
-from autodet.detectors.channels import channel_groups
+from autodet.detectors.channels import body_counts, channel_groups
 from autodet.distill.distiller import Distiller
 from autodet.distill.formula import Formula
 from autodet.distill.inputs import parts_of
 from autodet.distill.outputs import DetectorOutput, output_of
 from autodet.distill.teacher import answer_of
+from autodet.morphism.importance import importance_order
 from autodet.teachers.elastic import ElasticDetector, copies_of, sliced
-from autodet.teachers.importance import importance_order, sort_channels
 from autodet.teachers.schedule import Schedule, members_of_step
+from autodet.teachers.sorting import sort_channels
 from autodet.teachers.space import Member, PoolSpace
 from autodet.teachers.statistics import measure_statistics
 from autodet.training.loop import Clock, Epoch, Trainer, step_seed
@@ -242,6 +243,7 @@ class PoolTrainer(Trainer):
         """Put channels in the first worker's order of importance: on unlike machines others may differ by rounding."""
         measure_statistics(self.detector, self.loader)
         order = importance_order(self.detector.model.state_dict(), self.detector.spec)
+        order = {group: order[group] for group in body_counts(self.detector.spec.body) if group in order}  # what varies
         for channels in order.values():
             self.workers.broadcast(channels)
         copies = [self.averaged.module] if self.averaged is not None else []

@@ -13,7 +13,7 @@ from pool_cases import SPACES, largest_detector, space_of
 from torch import Tensor
 
 from autodet.detectors import Detector, adapt, build, detect
-from autodet.detectors.channels import channel_counts, channel_groups
+from autodet.detectors.channels import channel_counts, channel_groups, group_of, size_of
 from autodet.detectors.spec import FAMILIES
 from autodet.teachers.elastic import KEPT, ElasticDetector
 from autodet.teachers.space import Member, PoolSpace, SpaceError
@@ -194,12 +194,13 @@ def test_the_groups_fit_every_tensor_of_the_body_and_what_reads_it(family: str, 
     """A channel group has one size wherever it occurs, and every tensor whose shape depends on a width is listed."""
     space = space_of(name)
     detector = largest_detector(family, space)
-    groups, counts = channel_groups(detector.spec), channel_counts(space.largest.body)
+    groups, counts = channel_groups(detector.spec), channel_counts(detector.spec)
     state = detector.model.state_dict()
     for key, dims in groups.items():
-        assert all(group is None or state[key].shape[dim] == counts[group] for dim, group in enumerate(dims)), key
-    smallest = build(replace(detector.spec, body=space.smallest.body)).model.state_dict()
-    for key, tensor in smallest.items():
+        sizes = [None if dim is None else counts[group_of(dim)] * size_of(dim) for dim in dims]
+        assert all(size in (None, found) for size, found in zip(sizes, state[key].shape, strict=False)), key
+    smaller = replace(detector.spec, body=space.smallest.body, neck_width=8, head_width=24)
+    for key, tensor in build(smaller).model.state_dict().items():
         changed = [dim for dim, size in enumerate(tensor.shape) if size != state[key].shape[dim]]
         assert all(groups[key][dim] is not None for dim in changed), key
 

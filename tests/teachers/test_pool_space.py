@@ -11,7 +11,7 @@ import pytest
 from pool_cases import SPACES, space_of
 
 from autodet.detectors import Arch
-from autodet.detectors.channels import channel_counts
+from autodet.detectors.channels import body_counts
 from autodet.teachers.space import R50_TO_R101, SMALL, Member, PoolSpace, Range, SpaceError
 
 spaces = pytest.mark.parametrize("name", SPACES)
@@ -29,9 +29,9 @@ def test_count_is_the_number_of_different_members_and_each_is_inside(name: str) 
 @spaces
 def test_the_largest_and_smallest_bound_every_channel_group_and_depth(name: str) -> None:
     space = space_of(name)
-    low, high = (channel_counts(member.body) for member in (space.smallest, space.largest))
+    low, high = (body_counts(member.body) for member in (space.smallest, space.largest))
     for member in space.members():
-        counts = channel_counts(member.body)
+        counts = body_counts(member.body)
         assert all(low.get(group, 0) <= count <= high[group] for group, count in counts.items())
 
 

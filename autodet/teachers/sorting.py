@@ -12,25 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autodet.detectors import DetectorSpec
-from autodet.detectors.channels import Groups, channel_groups, norm_after, producers, select
-
-
-def channel_importance(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[str, Tensor]:
-    """Group of channels → how much each channel matters, a vector of numbers ≥ 0.
-
-    The L1 norm of a channel's filter, times the scale of the norm after it over the norm's standard deviation, since a
-    norm makes the filter's own size meaningless; summed over all convolutions whose outputs are added up [ours].
-    """
-    found = {}
-    for group, convolutions in producers(channel_groups(spec)).items():
-        found[group] = torch.stack([_filter_sizes(state, name, spec.norm_eps) for name in convolutions]).sum(0)
-    return found
-
-
-def importance_order(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[str, Tensor]:
-    """Group of channels → channel numbers, most important first; equal ones keep their order."""
-    importance = channel_importance(state, spec)
-    return {group: values.argsort(descending=True, stable=True) for group, values in importance.items()}
+from autodet.detectors.channels import Groups, channel_groups, group_of, select
 
 
 def sort_channels(
@@ -57,11 +39,5 @@ def sort_channels(
 
 
 def _reorder(tensor: Tensor, groups: Groups, order: Mapping[str, Tensor]) -> None:
-    if any(group in order for group in groups):
+    if any(dim is not None and group_of(dim) in order for dim in groups):
         tensor.copy_(select(tensor, groups, order))
-
-
-def _filter_sizes(state: Mapping[str, Tensor], name: str, eps: float) -> Tensor:
-    norm = norm_after(name.removesuffix(".weight"))
-    scale = state[f"{norm}.weight"].abs() / (state[f"{norm}.running_var"] + eps).sqrt()
-    return state[name].abs().sum((1, 2, 3)) * scale

@@ -41,8 +41,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """A test draws the same whichever tests run before it."""
+    """A test draws and rounds the same whichever tests run before it: a script that one ran may have set threads."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

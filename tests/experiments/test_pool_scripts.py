@@ -45,7 +45,7 @@ from autodet.teachers.statistics import measure_statistics, statistics_of
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task, TrainSettings, Workbench
 
-SCHEDULE = "1*largest > 1*sandwich(0.5, 1) > 7*sandwich(1, 1)"
+SCHEDULE = "1*largest > 1*sandwich(0.5, 1) > 6*sandwich(1, 1)"
 LABELS = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
 
 
@@ -248,7 +248,7 @@ def test_rank_correlation_has_an_interval_over_members() -> None:
 def test_costs_are_measured_on_a_finished_pool(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every number is there and of the right magnitude; the pool stays as it is."""
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert measure_pool_costs.main(["--run", str(run), "--batches", "2"]) == 0
+    assert measure_pool_costs.main(["--run", str(run), "--batches", "1"]) == 0
     found = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     ratio = {name: float(text.split()[0]) for name, text in found.items() if "[" in text}
     assert 0.3 < ratio["step of the largest in the pool / plain step of the largest"] < 3

@@ -155,9 +155,9 @@ def test_a_stopped_and_a_killed_driver_resume_to_the_same_asks(
     """SIGTERM, then kill -9 of the driver in the middle of the search; each time its Ray dies with it."""
     folder = tmp_path / "killed"
     resume = ["--resume", str(folder)]
-    assert stop_after(2, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
+    assert stop_after(1, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
     assert not (folder / "lease.json").exists()
-    assert stop_after(6, signal.SIGKILL, folder, resume) == -signal.SIGKILL
+    assert stop_after(5, signal.SIGKILL, folder, resume) == -signal.SIGKILL
     before = Ledger.open(folder).events()
     assert search_distiller.main(resume) == 0
     events = Ledger.open(folder).events()

@@ -52,8 +52,8 @@ def demo(family: str) -> PoolPreset:
     return PoolPreset(
         space=replace(PoolSpace.parse(SMALL), sizes=(96,)),
         detector=small(family, TEACHER, 96, sampling=1),
-        schedule=Schedule.shrinking(12, largest=4, random=1),
-        settings=recipe(12),
+        schedule=Schedule.shrinking(20, largest=6, random=1),
+        settings=recipe(20),
         formula=TAUGHT,
         check_every=4,
         members=8,

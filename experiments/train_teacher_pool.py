@@ -37,6 +37,7 @@ from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.pool_measuring import Aps, measure_side_by_side
 from autodet.runtime.pool_training import PROGRESS, Workers, remove_leftovers, train_pool
 from autodet.teachers import Member, PoolSettings, PoolSpace, Schedule
+from autodet.teachers.elastic import member_spec
 from autodet.teachers.pool import (
     MANIFEST,
     MEMBERS,
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             with ray_running(options.address, cpus=cpus_for(workers, task.task.threads)):
                 if not (folder / "pool" / MANIFEST).exists():
                     keep(bench, train_pool(task, folder, workers, gpus), folder / "pool")
-                members = spread(task.space, options.members or preset.members, folder / "pool")
+                members = spread(task, options.members or preset.members)
                 aps = measure_side_by_side(task, folder, folder / "pool", members, gpus)
             save_members(folder / "pool", costs(bench, folder / "pool", aps))
         remove_leftovers(folder)
@@ -168,13 +169,13 @@ def keep(bench: PoolBench, checkpoint: Path, folder: Path) -> None:
     save_pool(folder, largest, trainer.space, notes)
 
 
-def spread(space: PoolSpace, count: int, folder: Path) -> list[Member]:
+def spread(task: PoolTask, count: int) -> list[Member]:
     """The smallest, the largest, and random members between them at even steps of their numbers of parameters."""
-    rng, pool = random.Random(0), TeacherPool.open(folder)
+    rng, space = random.Random(0), task.space
     drawn = dict.fromkeys(space.sample(rng) for _ in range(8 * count))
     drawn = {member: None for member in drawn if member not in (space.smallest, space.largest)}
     with torch.device("meta"):
-        size = {member: count_params(build(pool.spec_of(member)).model) for member in drawn}
+        size = {member: count_params(build(member_spec(task.task.student, member)).model) for member in drawn}
     ordered = sorted(drawn, key=size.__getitem__)
     inner = min(max(0, count - 2), len(ordered))
     chosen = [ordered[round((i + 0.5) * len(ordered) / inner - 0.5)] for i in range(inner)]

@@ -30,6 +30,11 @@ class Blocks(NamedTuple):
 Dim = str | Blocks | None
 Groups = tuple[Dim, ...]  # a tensor's dimensions → the group of channels that each is, None for all others
 BODY, FPN, ROI = "backbone.body.", "backbone.fpn.", "roi_heads."
+TOWERS = ("classification", "regression")
+RESPONSES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "retinanet": {"classification": ("cls_logits",), "regression": ("bbox_reg",)},
+    "fcos": {"classification": ("cls_logits",), "regression": ("bbox_reg", "bbox_ctrness")},
+}
 
 
 def channel_groups(spec: DetectorSpec) -> dict[str, Groups]:
@@ -155,13 +160,6 @@ def _two_stage_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:
     yield from _biased(f"{ROI}box_head.fc7", "fc7", "fc6")
     for name in ("cls_score", "bbox_pred"):
         yield f"{ROI}box_predictor.{name}.weight", (None, "fc7")
-
-
-TOWERS = ("classification", "regression")
-RESPONSES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "retinanet": {"classification": ("cls_logits",), "regression": ("bbox_reg",)},
-    "fcos": {"classification": ("cls_logits",), "regression": ("bbox_reg", "bbox_ctrness")},
-}
 
 
 def _one_stage_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:

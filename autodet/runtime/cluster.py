@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from autodet.runtime.weight_cache import drop_caches
 from autodet.search.session import MachineError
 
+Name = TypeVar("Name")
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -65,8 +66,11 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
         ray.shutdown()
 
 
-def finished(pending: Mapping[Any, str]) -> Iterator[tuple[str, Any]]:
-    """Name and result of tasks as they end. pending: reference of a task → its name. MachineError where one fails."""
+def finished(doing: str, pending: Mapping[Any, Name]) -> Iterator[tuple[Name, Any]]:
+    """Name and result of tasks as they end. pending: reference of a task → its name. MachineError where one fails.
+
+    doing: what the tasks do, for messages, such as ``training``.
+    """
     names = dict(pending)
     while names:
         (done,), _ = ray.wait(list(names), num_returns=1)
@@ -75,6 +79,6 @@ def finished(pending: Mapping[Any, str]) -> Iterator[tuple[str, Any]]:
             result = ray.get(done)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error  # without Ray's trace of where
-            raise MachineError(f"{name} failed: {cause}") from error
-        logging.info("[%d of %d] %s", len(pending) - len(names), len(pending), name)
+            raise MachineError(f"{doing} {name} failed: {cause}") from error
+        logging.info("[%d of %d] %s %s", len(pending) - len(names), len(pending), doing, name)
         yield name, result

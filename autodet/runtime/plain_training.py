@@ -25,8 +25,8 @@ def train_side_by_side(tasks: Mapping[str, Task], folder: Path, gpus: float = 0.
     for name, task in tasks.items():
         task = replace(task, weights=str((folder / name).resolve()))
         remote = ray.remote(num_cpus=task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES)(_train)
-        pending[remote.remote(task.to_json(), str((folder / name).resolve()))] = f"training {name}"
-    files = {name.removeprefix("training "): Path(file) for name, file in finished(pending)}
+        pending[remote.remote(task.to_json(), str((folder / name).resolve()))] = name
+    files = {name: Path(file) for name, file in finished("training", pending)}
     return {name: files[name] for name in tasks}
 
 

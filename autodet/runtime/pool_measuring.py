@@ -37,13 +37,11 @@ def measure_side_by_side(
     # Ray would end a GPU's worker after each task, and the next one would load the data again.
     remote = ray.remote(num_cpus=task.task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES, max_calls=0)(_measure)
     folder = str(pool_folder.resolve())
-    missing = [member for member in members if member not in found]
-    pending = {remote.remote(task.to_json(), folder, str(member)): f"measuring {member}" for member in missing}
-    for name, (ap, before) in finished(pending):
-        member = name.removeprefix("measuring ")
+    pending = {remote.remote(task.to_json(), folder, str(member)): member for member in members if member not in found}
+    for member, (ap, before) in finished("measuring", pending):
         logging.info("  AP %.3f, %.3f before its norm statistics were measured", ap, before)
-        found[Member.parse(member)] = (ap, before)
-        lines.append({"member": member, "ap": ap, "ap_before": before})
+        found[member] = (ap, before)
+        lines.append({"member": str(member), "ap": ap, "ap_before": before})
         atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return {member: found[member] for member in members}
 

@@ -34,6 +34,7 @@ DIVERGED = "diverged.txt"
 WORKER_FAILURES = 4  # failures of workers after which the run stops; it goes on with --resume
 RESIZE_SECONDS = 5.0  # between looks for machines that joined
 TRAIN_FOLDER = "train"  # Ray Train's own files in the run's folder, from which a resumed run goes on
+CUT_OFF = f"{TRAIN_FOLDER}.cut-off-"  # begins the names of such folders that a kill left without their list
 Workers = int | tuple[int, int]  # a fixed number, or the least and the most
 
 
@@ -101,8 +102,8 @@ def rescued(folder: Path) -> str | None:
     except FileNotFoundError:
         pass
     except ValueError:
-        train_folder.rename(folder / f"{TRAIN_FOLDER}.cut-off-{time.time_ns()}")
-    found = folder.glob(f"{TRAIN_FOLDER}.cut-off-*/checkpoint_*/{CHECKPOINT}")
+        train_folder.rename(folder / f"{CUT_OFF}{time.time_ns()}")
+    found = folder.glob(f"{CUT_OFF}*/checkpoint_*/{CHECKPOINT}")
     for path in sorted(found, key=lambda path: path.parent.name, reverse=True):  # the name is the time
         with suppress(ValueError):  # it may be cut off as well
             load_checkpoint(path, torch.device("cpu"))
@@ -113,7 +114,7 @@ def rescued(folder: Path) -> str | None:
 def remove_leftovers(folder: Path) -> None:
     """Remove from a run's folder what only a training that goes on needs: checkpoints, gigabytes of a large pool."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    for leftover in folder.glob(f"{TRAIN_FOLDER}*"):
+    for leftover in (folder / TRAIN_FOLDER, *folder.glob(f"{CUT_OFF}*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

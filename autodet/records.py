@@ -72,6 +72,31 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class RelativeCost:
+    """What a detector costs beside the base of its search.
+
+    latency_ratio: of their times for one image, measured by turns: the median over rounds; latency_spread: its standard
+    error; latency_ms: the ratio times the base's milliseconds; macs_g: multiply-adds in 10⁹; params_m: parameters in
+    10⁶.
+    """
+
+    latency_ratio: float
+    latency_spread: float
+    latency_ms: float
+    macs_g: float
+    params_m: float
+
+    def to_json(self) -> dict[str, float]:
+        """Field names to values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, float]) -> RelativeCost:
+        """The reverse of `to_json`."""
+        return cls(**{f.name: float(data[f.name]) for f in fields(cls)})
+
+
+@dataclass(frozen=True)
 class Event:
     """One immutable fact of a run.
 
@@ -92,7 +117,8 @@ class Record:
 
     ap: fitness, 0–1, None while running or failed; epochs and seconds: spent so far; ap_by_epoch: (epochs done, AP) of
     every report, in order of epoch; asked_at, told_at: unix seconds; weights: sha256 of the stored weights;
-    rejected: (formula, reason) of proposals that were turned down before this one.
+    rejected: (formula, reason) of proposals that were turned down before this one; student: of a joint search, the
+    candidate's `Student` as JSON values.
     """
 
     id: int
@@ -117,6 +143,7 @@ class Record:
     ap_by_epoch: tuple[tuple[int, float | None], ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    student: dict[str, Any] | None = field(default=None, hash=False)
 
     def to_json(self) -> dict[str, Any]:
         """One line of records.jsonl."""
@@ -138,8 +165,17 @@ class Record:
         row["parents"] = " ".join(map(str, self.parents))
         if measured is not None and measured != self.ap:
             row["extra.metrics_ap"] = measured
+        row |= _student_columns(self.student)
         plain = {k: v for k, v in self.extra.items() if v is None or isinstance(v, (bool, int, float, str))}
         return row | {f"extra.{key}": value for key, value in plain.items()}
+
+
+def _student_columns(student: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A derived student's columns of summary.csv; none for other candidates."""
+    if student is None:
+        return {}
+    names = {"spec": "student", "actions": "actions", "teacher": "teacher", "epochs": "lineage_epochs"}
+    return {column: student[name] for name, column in names.items()} | dict(student["cost"])
 
 
 def check_payload(kind: str, payload: Mapping[str, Any]) -> None:
@@ -206,6 +242,7 @@ def _asked(event: Event) -> Record:
         asked_at=event.time,
         told_at=None,
         rejected=tuple((str(formula), str(reason)) for formula, reason in payload.get("rejected", ())),
+        student=candidate.get("student"),
     )
 
 

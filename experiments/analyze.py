@@ -14,6 +14,7 @@ first run (or in DIR): guidance.html, pictures/, and a CSV file a table.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from autodet.ledger import Ledger, LedgerError
 from autodet.results.frame import find_runs, frame_of, leaderboard, rank_agreement, read_run
 from autodet.results.guidance_page import write_guidance
 from autodet.results.guidance_tables import text_of
+from autodet.results.joint_report import write_joint_report
 from autodet.results.plots import draw_rank_agreement, to_png
 from autodet.results.report import comparison, state, write_report
 
@@ -70,8 +72,17 @@ def analyze(run: Path, output: Path, options: argparse.Namespace) -> pd.DataFram
         pairs = rank_agreement(frame, read_run(options.long))
         (output / "pictures").mkdir(exist_ok=True)
         atomic_write_bytes(output / "pictures" / "rank_agreement.png", to_png(draw_rank_agreement(pairs)))
-    print(f"report: {write_report(run, output, options.baseline)}")
+    print(f"report: {report_of(run, output, options.baseline)}")
     return frame
+
+
+def report_of(run: Path, output: Path, baseline: str | None) -> Path:
+    """Write the page that suits a run: of a joint search with the final table, once there is one."""
+    if Ledger.open(run).config.get("script") != "upgrade_detector":
+        return write_report(run, output, baseline)
+    final = run / "final.json"
+    found = json.loads(final.read_text()) if final.exists() else {"rows": [], "derived": None, "target": None}
+    return write_joint_report(run, found["derived"], found["rows"], found["target"], output, found.get("usage", ()))
 
 
 def separate(runs: list[Path]) -> list[Path]:

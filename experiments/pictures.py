@@ -25,8 +25,12 @@ CONFIDENT = 0.5
 
 def save_student_pictures(run: Path, task: Task, students: Mapping[str, Path]) -> None:
     """pictures/detections.png of a run: ground truth, teacher and students on the first images of the split."""
+    save_detections(run, task, {"teacher": Path(str(task.teacher)), **students})
+
+
+def save_detections(run: Path, task: Task, files: Mapping[str, Path]) -> None:
+    """pictures/detections.png of a run: ground truth and detector files on the first images of the split."""
     bench = Workbench(replace(task, teacher=None))
-    files = {"teacher": Path(str(task.teacher)), **students}
     detectors = {name: load_detector(path)[0] for name, path in files.items()}
     batch = bench.eval_loader.load(BatchKey(tuple(range(min(IMAGES, len(bench.eval_set)))), (False,) * IMAGES))
     rows = [_row(batch, index, detectors) for index in range(len(batch.images))]

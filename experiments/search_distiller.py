@@ -54,7 +54,7 @@ from autodet.training import Task, Workbench
 
 RECORDED = (
     *("preset", "family", "teacher_family", "data", "cache", "teacher", "teacher_size", "student", "seed", "inputs"),
-    *("inherit", "normalise", "search", "conquer", "proxy_size", "full_fraction"),
+    *("inherit", "normalise", "search", "conquer", "proxy_size", "full_fraction", "students"),
 )
 STARTING_WEIGHT = 10.0  # of a normalised published formula: tuned, they ended between 5 and 50
 EXTENDABLE = ("workers", "budget_per_input", "weights_budget")
@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"No candidate completed; the causes are in {folder / 'summary.csv'}.")
             save_search(folder, proxy, found)
             print(f"\nFound: {found.formula}\n  AP {found.ap:.4f} over {found.runs} runs of the proxy")
+            if not options.students:
+                print(f"\nReport: {write_report(folder)}")
+                return 0
             students = train_students(found, task, preset, options.inherit, folder / "students", workers)
     if students is None:
         return INTERRUPTED
@@ -137,6 +140,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--budget-per-input", type=positive, help="candidates of each knowledge input (default: the preset's)")
     add("--weights-budget", type=positive, help="candidates of the weight phase (default: the preset's)")
+    add(
+        "--students",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train students on the full schedule with what was found",
+    )
     add("--proxy-size", type=positive, help="shorter side of the proxy's images in pixels (default: the student's)")
     add(
         "--full-fraction",

@@ -5,9 +5,10 @@ search sees the same batches.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,8 @@ class Loader:
     """Batches of `dataset`, which may be a subset of the data set that `cache` holds.
 
     `labels` maps category ids to the detector's labels; ValueError if it lacks one of the data set. With `with_masks`
-    the targets carry masks; ValueError if objects lack a segmentation.
+    the targets carry masks; ValueError if objects lack a segmentation. `pace` is entered while a batch is worked on,
+    from its being handed out to the next one's being asked for.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Loader:
         labels: Mapping[int, int],
         plan: BatchPlan,
         with_masks: bool = False,
+        pace: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         unknown = [category.id for category in dataset.categories if category.id not in labels]
         if unknown:
@@ -106,8 +109,14 @@ class Loader:
         self.labels = labels
         self.plan = plan
         self.with_masks = with_masks
+        self.pace = pace
         self._positions = [cache.position(image.id) for image in dataset.images]
         self._groups = [_shape_group(*cache.size(position)) for position in self._positions]
+
+    def dealt(self, seed: int) -> "Loader":
+        """The same images, dealt into other batches and mirrored otherwise."""
+        plan = replace(self.plan, seed=seed)
+        return Loader(self.cache, self.dataset, self.labels, plan, self.with_masks, self.pace)
 
     def keys(self, epoch: int) -> list[BatchKey]:
         """The batches of an epoch, images of like shape together."""
@@ -147,8 +156,11 @@ class Loader:
             for following in keys[1:]:
                 batch = pending.result()
                 pending = pool.submit(self.load, following)
+                with self.pace():
+                    yield batch
+            batch = pending.result()
+            with self.pace():
                 yield batch
-            yield pending.result()
 
     def _sample(self, index: int, flip: bool) -> tuple[Tensor, dict[str, Tensor]]:
         record = self.dataset.images[index]

@@ -10,18 +10,23 @@ from autodet.evaluation.coco_ap import (
 )
 from autodet.evaluation.cost import (
     Latency,
+    LatencyRatio,
     cost_of,
     count_macs,
     count_params,
     device_name,
     measure_latencies_interleaved,
     measure_latency,
+    measure_latency_ratio,
 )
+from autodet.evaluation.quiet import Quiet
 
 __all__ = [
     "Detection",
     "DetectionError",
     "Latency",
+    "LatencyRatio",
+    "Quiet",
     "cost_of",
     "count_macs",
     "count_params",
@@ -30,6 +35,7 @@ __all__ = [
     "evaluate_detections",
     "measure_latencies_interleaved",
     "measure_latency",
+    "measure_latency_ratio",
     "per_category_ap",
     "to_original",
 ]

@@ -5,6 +5,7 @@ Latencies are of this machine at this moment. To compare detectors, measure them
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autodet.records import Cost
 
 Run = Callable[[], object]
+LEAST_ROUNDS = 10  # of a ratio: an error from fewer means little
 
 
 class Latency(NamedTuple):
@@ -56,6 +58,46 @@ def measure_latencies_interleaved(
                 if turn >= 0:
                     times[name].append(seconds)
     return {name: _summary(seconds) for name, seconds in times.items()}
+
+
+class LatencyRatio(NamedTuple):
+    """Times of one detector over those of another, measured by turns: median, its standard error, rounds."""
+
+    ratio: float
+    spread: float
+    rounds: int
+
+
+def measure_latency_ratio(
+    run: Run,
+    base: Run,
+    device: torch.device | str = "cpu",
+    threads: int = 1,
+    precision: float = 0.01,
+    most: int = 60,
+    warmup: int = 2,
+) -> LatencyRatio:
+    """How much longer ``run`` takes than ``base``, timed in rounds until the median's standard error is small.
+
+    precision: of the error, as a share of the ratio; most: rounds, if it is not reached. The error is that of a median,
+    1.2533 σ/√n, with σ from the quartiles, so that single disturbances hardly count.
+    """
+    device = torch.device(device)
+    ratios: list[float] = []
+    with _cpu_threads(threads), torch.no_grad():
+        for turn in range(-warmup, most):
+            first, second = (run, base) if turn % 2 else (base, run)
+            times = {first: _timed(first, device), second: _timed(second, device)}
+            if turn >= 0:
+                ratios.append(times[run] / times[base])
+            if turn + 1 >= LEAST_ROUNDS and _median_error(ratios) <= precision * float(np.median(ratios)):
+                break
+    return LatencyRatio(float(np.median(ratios)), _median_error(ratios), len(ratios))
+
+
+def _median_error(values: list[float]) -> float:
+    low, high = np.percentile(values, (25, 75))
+    return 1.2533 * float(high - low) / 1.349 / math.sqrt(len(values))
 
 
 def count_macs(run: Callable[..., object], *inputs: object) -> float:

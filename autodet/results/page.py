@@ -19,6 +19,10 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 code, pre { font: .88rem/1.45 ui-monospace, monospace; background: #f5f5f5; overflow-wrap: anywhere; }
 pre { padding: .6rem .8rem; white-space: pre-wrap; } code { padding: 0 .2rem; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption, .quiet { color: #666; font-size: .88rem; }
+@media (max-width: 44rem) {
+  table { display: block; overflow-x: auto; } td code { display: inline-block; min-width: 14rem; }
+  figure { overflow-x: auto; } figure img { max-width: 150%; }
+}
 """
 
 
@@ -31,7 +35,8 @@ def page(title: str, sections: Iterable[str]) -> str:
     """A whole document that needs nothing beside itself."""
     body = "\n".join(section for section in sections if section)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>\n'
         f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 

@@ -49,7 +49,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None, baseline
     for name, figure in figures(frame, compared).items():
         atomic_write_bytes(target / "pictures" / name, plots.to_png(figure))
     sections = [
-        f"<h1>{page.escape(_title(ledger))}</h1>",
+        f"<h1>{page.escape(title_of(ledger))}</h1>",
         page.paragraph(state(run_dir, frame), quiet=True),
         _found(frame),
         _students(run_dir / STUDENTS),
@@ -59,11 +59,11 @@ def write_report(run_dir: Path | str, output: Path | str | None = None, baseline
         *guidance_sections(with_facts(frame, run_dir)),
         _pictures(run_dir, target),
         _failures(frame, records),
-        _settings(ledger),
-        _repeat(ledger, run_dir),
+        settings(ledger),
+        repeat(ledger, run_dir),
     ]
     path = target / "report.html"
-    atomic_write_bytes(path, page.page(_title(ledger), sections).encode())
+    atomic_write_bytes(path, page.page(title_of(ledger), sections).encode())
     return path
 
 
@@ -107,7 +107,8 @@ def comparison(frame: pd.DataFrame, baseline: str | None) -> tuple[pd.DataFrame,
     return paired_differences(frame, chosen), chosen
 
 
-def _title(ledger: Ledger) -> str:
+def title_of(ledger: Ledger) -> str:
+    """The script that made a run, and the name of its folder."""
     script = str(ledger.config.get("script", "run")).replace("_", " ")
     return f"{script}: {ledger.run_dir.resolve().name}"
 
@@ -203,12 +204,19 @@ def _pictures(run_dir: Path, target: Path) -> str:
     return page.section("Pictures", *(page.picture(paths[name].read_bytes(), captions[name]) for name in names))
 
 
-def _failures(frame: pd.DataFrame, records: list[Record]) -> str:
+def failed_candidates(frame: pd.DataFrame, what: str = "formula") -> list[str]:
+    """The candidates that failed with their causes, and how many more. what: the column that tells what they were."""
     failed = frame[frame["status"] == "failed"]
-    rows = [(row.id, row.phase, row.cause, row.formula) for row in failed.head(FAILURE_ROWS).itertuples()]
-    parts = [page.table(("candidate", "phase", "cause", "formula"), rows, code=["formula"])]
+    names = ["id", "phase", "cause", what]
+    rows = list(failed[names].head(FAILURE_ROWS).itertuples(index=False, name=None))
+    parts = [page.table(("candidate", *names[1:]), rows, code=[what])]
     if len(failed) > FAILURE_ROWS:
         parts.append(page.paragraph(f"… and {len(failed) - FAILURE_ROWS} more; summary.csv has all.", quiet=True))
+    return parts
+
+
+def _failures(frame: pd.DataFrame, records: list[Record]) -> str:
+    parts = failed_candidates(frame)
     reasons = Counter(reason for record in records for _, reason in record.rejected)
     if reasons:
         parts.append(page.paragraph("Proposals that the probe turned down before any training:"))
@@ -218,7 +226,8 @@ def _failures(frame: pd.DataFrame, records: list[Record]) -> str:
     return page.section("Failures", *parts)
 
 
-def _settings(ledger: Ledger) -> str:
+def settings(ledger: Ledger) -> str:
+    """When a run began, its settings, and how they were changed since."""
     created = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ledger.about["created"]))
     parts = [
         page.paragraph(f"Started {created}."),
@@ -231,13 +240,15 @@ def _settings(ledger: Ledger) -> str:
     return page.section("Settings", *parts)
 
 
-def _repeat(ledger: Ledger, run_dir: Path) -> str:
+def repeat(ledger: Ledger, run_dir: Path, rewrite: bool = True) -> str:
+    """The commands that made a run and continue it. rewrite: also the one that writes a search's page again."""
     script = ledger.config.get("script")
     command = ledger.about["about"].get("command")
     lines = [command if isinstance(command, str) else shlex.join(["python", *command])] if command else []
     if script and ledger.config.get("options"):  # a run inside another's folder is continued with it
         lines += [f"python experiments/{script}.py --resume {shlex.quote(str(run_dir))}   # continue this run"]
-    lines += [f"python experiments/analyze.py {shlex.quote(str(run_dir))}   # write this page again"]
+    if rewrite:
+        lines += [f"python experiments/analyze.py {shlex.quote(str(run_dir))}   # write this page again"]
     about = {key: value for key, value in ledger.about["about"].items() if key != "command"}
     facts = json.dumps(about, indent=2, ensure_ascii=False) if about else ""
     return page.section("How to repeat", page.preformatted("\n".join(lines)), page.preformatted(facts) if facts else "")

@@ -1,4 +1,4 @@
-"""What runs inside a trial: one candidate, trained on a workbench that the process keeps between candidates."""
+"""What runs inside a trial: one candidate, trained by an evaluator that the process keeps between candidates."""
 
 from __future__ import annotations
 
@@ -7,40 +7,82 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from ray import tune
 
 from autodet.data import DatasetError
 from autodet.detectors.weights import WeightsError
+from autodet.joint import JointBench, JointTask
+from autodet.runtime.weight_cache import shared_weights
 from autodet.search.candidate import Candidate
-from autodet.training import Epoch, Task, Workbench
+from autodet.training import Epoch, Outcome, Task, Workbench
+from autodet.training.task import OnEpoch
 
 METRIC = "ap"
 ENVIRONMENT = "environment"  # an outcome's status where the machine failed, not the candidate
 
-# Reused processes find data, caches, and teacher here; keyed by the task, so another run's task never meets them.
-_workbenches: dict[str, Workbench] = {}
+
+class Evaluator(Protocol):
+    """Trains and judges a run's candidates."""
+
+    epochs: int  # of a candidate's training
+
+    def seed_of(self, candidate: Candidate) -> int:
+        """What decides the candidate's random choices, for its record."""
+        ...
+
+    def evaluate(self, candidate: Candidate, folder: Path, on_epoch: OnEpoch) -> Outcome:
+        """Train and measure a candidate; resumes from ``folder``."""
+        ...
 
 
-def make_trainable(task: Task, folder: Path) -> Callable[[Mapping[str, Any]], None]:
+# Reused processes find data, caches, and teachers here; keyed by the task, so another run's task never meets them.
+_evaluators: dict[str, Evaluator] = {}
+
+
+class FormulaEvaluator:
+    """Candidates that train the same student by different formulas."""
+
+    def __init__(self, task: Task) -> None:
+        self.bench, self.epochs = Workbench(task), task.settings.epochs
+
+    def seed_of(self, candidate: Candidate) -> int:
+        return self.bench.task.seed + candidate.replicate
+
+    def evaluate(self, candidate: Candidate, folder: Path, on_epoch: OnEpoch) -> Outcome:
+        return self.bench.run(candidate.formula, candidate.inherit, candidate.replicate, folder, on_epoch)
+
+
+class StudentEvaluator(JointBench):
+    """Candidates that train different students; weights come through the node's cache."""
+
+    def __init__(self, task: JointTask) -> None:
+        super().__init__(task, shared_weights)
+        self.epochs = task.task.settings.epochs
+
+
+def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[str, Any]], None]:
     """A Tune function trainable for candidates of one task. Any searcher may drive it.
 
     Its config holds ``candidate`` (Candidate.to_json()) and, from our searches, the candidate's number ``id``, under
     which its checkpoint lies in ``folder``. Reports ``ap`` (0–1) after each measured epoch, and ``outcome``, the
     ledger's told payload as JSON, at the end. An error of training is an outcome, not an exception.
     """
-    text, root = task.to_json(), str(folder)
+    text, root, joint = task.to_json(), str(folder), isinstance(task, JointTask)
 
     def train_candidate(config: Mapping[str, Any]) -> None:
-        task = Task.from_json(text)
+        task = JointTask.from_json(text) if joint else Task.from_json(text)
         torch.set_num_threads(task.threads)
         torch.set_flush_denormal(True)
         name = f"{int(config['id']):06d}" if "id" in config else tune.get_context().get_trial_id()
         candidate = Candidate.from_json(config["candidate"])
+        seed = None
         try:
-            outcome = run_candidate(_workbench(text, task), candidate, Path(root) / name, tune.report)
+            evaluator = _evaluator(text, task)
+            seed = evaluator.seed_of(candidate)
+            outcome = run_candidate(evaluator, candidate, Path(root) / name, tune.report)
         except (OSError, DatasetError, WeightsError) as error:
             # No fault of the candidate: a full disk, data or weights that this machine cannot read. It stays open, and
             # the run stops, to go on once that is mended.
@@ -49,21 +91,21 @@ def make_trainable(task: Task, folder: Path) -> Callable[[Mapping[str, Any]], No
         # and then forget the cause. Tune's own request to stop is no Exception and passes.
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
-            outcome = {"status": "failed", "ap": None, "seed": task.seed + candidate.replicate, "cause": cause}
+            outcome = {"status": "failed", "ap": None, "seed": seed, "cause": cause}
         tune.report({"id": config.get("id"), METRIC: outcome["ap"] or 0.0, "outcome": json.dumps(outcome)})
 
     return train_candidate
 
 
 def run_candidate(
-    bench: Workbench, candidate: Candidate, folder: Path, report: Callable[[dict[str, Any]], None]
+    evaluator: Evaluator, candidate: Candidate, folder: Path, report: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Train and measure one candidate; the told payload. Without Ray when ``report`` is any function."""
     started, last_ap = time.perf_counter(), [0.0]
 
     def on_epoch(epoch: Epoch, ap: float | None) -> None:
         last_ap[0] = last_ap[0] if ap is None else ap
-        if epoch.number < bench.task.settings.epochs:
+        if epoch.number < evaluator.epochs:
             seconds = time.perf_counter() - started
             losses = {name: round(loss, 5) for name, loss in epoch.losses.items()}
             # Tune wants the metric in every report; ``measured`` says whether it is one.
@@ -78,10 +120,10 @@ def run_candidate(
                 }
             )
 
-    result = bench.run(candidate.formula, candidate.inherit, candidate.replicate, folder, on_epoch)
+    result = evaluator.evaluate(candidate, folder, on_epoch)
     return {
         "status": "completed",
-        "seed": bench.task.seed + candidate.replicate,
+        "seed": evaluator.seed_of(candidate),
         "ap": result.metrics.ap,
         "metrics": result.metrics.to_json(),
         "epochs": result.epochs,
@@ -92,8 +134,8 @@ def run_candidate(
     }
 
 
-def _workbench(text: str, task: Task) -> Workbench:
-    if text not in _workbenches:
-        _workbenches.clear()  # one at a time: a reused process would otherwise hold every teacher it ever had
-        _workbenches[text] = Workbench(task)
-    return _workbenches[text]
+def _evaluator(text: str, task: Task | JointTask) -> Evaluator:
+    if text not in _evaluators:
+        _evaluators.clear()  # one at a time: a reused process would otherwise hold every teacher it ever had
+        _evaluators[text] = StudentEvaluator(task) if isinstance(task, JointTask) else FormulaEvaluator(task)
+    return _evaluators[text]

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from autodet.distill.grammar import formula_from_choices
+from autodet.joint import JointTask
 from autodet.runtime.trial import ENVIRONMENT, METRIC, make_trainable
 from autodet.search.candidate import FINISHED, WAIT, Answer, Ask, Candidate
 from autodet.search.session import MachineError, Session
@@ -102,7 +103,7 @@ class SessionStopper(Stopper):
 
 def run_session(
     session: Session,
-    task: Task,
+    task: Task | JointTask,
     run_folder: Path,
     workers: int,
     gpus_per_trial: float = 0.0,
@@ -151,7 +152,11 @@ class OptunaSpace:
 
 
 def _tuner(
-    task: Task, folder: Path, config: tune.TuneConfig, gpus_per_trial: float = 0.0, stop: Stopper | None = None
+    task: Task | JointTask,
+    folder: Path,
+    config: tune.TuneConfig,
+    gpus_per_trial: float = 0.0,
+    stop: Stopper | None = None,
 ) -> tune.Tuner:
     resources = {"cpu": task.threads} | ({"gpu": gpus_per_trial} if gpus_per_trial else {})
     return tune.Tuner(

@@ -1,4 +1,4 @@
-"""Ask/tell searches over distillation formulas, and the session that joins one to its ledger; no Ray, no training."""
+"""Ask/tell searches over formulas and students, and the session that joins one to its ledger; no Ray, no training."""
 
 from autodet.search.ask_tell import AskTell, Best, Rules
 from autodet.search.baselines import WholeFormulaSearch, flat_evolution, random_search
@@ -12,6 +12,7 @@ from autodet.search.candidate import (
     Search,
     Signal,
     Status,
+    Student,
     rng_for,
 )
 from autodet.search.divide_conquer import DivideAndConquer, DivideSettings
@@ -19,6 +20,16 @@ from autodet.search.evolution import Admit, Breeding, Evolution, Space, admit_al
 from autodet.search.fixed import FixedList
 from autodet.search.grid import Grid, GridInput
 from autodet.search.history import History, Standing
+from autodet.search.joint import (
+    Examine,
+    Examined,
+    JointSearch,
+    JointSettings,
+    Phase,
+    joint_phases,
+    pipeline_phases,
+    random_phases,
+)
 from autodet.search.prediction import Prediction
 from autodet.search.replay import Objective, rebuild, run_serial
 from autodet.search.session import Session
@@ -42,12 +53,17 @@ __all__ = [
     "DivideAndConquer",
     "DivideSettings",
     "Evolution",
+    "Examine",
+    "Examined",
     "FixedList",
     "Grid",
     "GridInput",
     "History",
+    "JointSearch",
+    "JointSettings",
     "MedianStop",
     "Objective",
+    "Phase",
     "Prediction",
     "Rules",
     "Search",
@@ -58,11 +74,15 @@ __all__ = [
     "Standing",
     "Status",
     "StopRule",
+    "Student",
     "Table",
     "TableError",
     "WholeFormulaSearch",
     "admit_all",
     "flat_evolution",
+    "joint_phases",
+    "pipeline_phases",
+    "random_phases",
     "random_search",
     "read_table",
     "rebuild",

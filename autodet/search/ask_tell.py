@@ -94,7 +94,7 @@ class AskTell(ABC):
             return False
         return self._stop.report(f"{ask.phase}/{ask.group}", id, epoch, ap)
 
-    def tell(self, id: int, ap: float | None, status: Status = "completed") -> None:
+    def tell(self, id: int, ap: float | None, status: Status = "completed", weights: str | None = None) -> None:
         """Note the end of a candidate. Raises ValueError for a number not asked, or told before."""
         self.history.tell(id, ap, status)
 

@@ -7,10 +7,14 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
+from autodet.detectors import DetectorSpec
 from autodet.distill.formula import Formula
+from autodet.morphism.actions import Action, actions_text, parse_actions
+from autodet.records import RelativeCost
+from autodet.teachers import Member
 
 Status = Literal["completed", "stopped", "failed"]
-Origin = Literal["random", "mutation", "crossover", "replicate", "control", "given"]
+Origin = Literal["random", "mutation", "crossover", "replicate", "control", "given", "child"]
 
 EMPTY = Formula(())
 """The formula without terms: no distillation, the control of every search."""
@@ -30,17 +34,72 @@ FINISHED: Literal[Signal.FINISHED] = Signal.FINISHED
 
 
 @dataclass(frozen=True)
+class Student:
+    """A student of a joint search: what it is, which it descends from and by what, and who teaches it.
+
+    spec: after the actions. parent: number of the ask that it descends from, None for the base itself; weights: hash of
+    the parent's, or of the base's own. draw: seed of its random choices. cost: as measured when it was proposed.
+    epochs: of its whole lineage, its own included.
+    """
+
+    spec: DetectorSpec
+    actions: tuple[Action, ...]
+    parent: int | None
+    weights: str
+    teacher: Member | None
+    draw: int
+    cost: RelativeCost
+    epochs: int
+
+    @cached_property
+    def arm(self) -> str:
+        """What replicates have in common."""
+        return f"{self.weights} | {actions_text(self.actions)} | {self.spec.body} | {self.teacher}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "spec": str(self.spec),
+            "actions": actions_text(self.actions),
+            "parent": self.parent,
+            "weights": self.weights,
+            "teacher": None if self.teacher is None else str(self.teacher),
+            "draw": self.draw,
+            "cost": self.cost.to_json(),
+            "epochs": self.epochs,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Student":
+        return Student(
+            spec=DetectorSpec.parse(data["spec"]),
+            actions=parse_actions(data["actions"]),
+            parent=data["parent"],
+            weights=data["weights"],
+            teacher=None if data["teacher"] is None else Member.parse(data["teacher"]),
+            draw=int(data["draw"]),
+            cost=RelativeCost.from_json(data["cost"]),
+            epochs=int(data["epochs"]),
+        )
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One training to be done. `replicate` chooses its seeds: equal numbers mean equal batches and initialisation."""
+    """One training to be done. `replicate` chooses its seeds: equal numbers mean equal batches and initialisation.
+
+    inherit: whether the student starts from others' weights: its teacher's neck and head, or, in a joint search, all
+    that its parent has. student: None where all candidates of a search train the same one.
+    """
 
     formula: Formula
     inherit: bool
     replicate: int = 0
+    student: Student | None = None
 
     @cached_property
     def arm(self) -> str:
-        """What replicates have in common: the formula in canonical form, and whether the student inherits."""
-        return f"{self.formula.key} | inherit={int(self.inherit)}"
+        """What replicates have in common: the formula in canonical form, whether the student inherits, and which."""
+        student = "" if self.student is None else f" | {self.student.arm}"
+        return f"{self.formula.key} | inherit={int(self.inherit)}{student}"
 
     @property
     def key(self) -> str:
@@ -48,19 +107,21 @@ class Candidate:
         return f"{self.arm} | replicate={self.replicate}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"formula": str(self.formula), "inherit": self.inherit, "replicate": self.replicate}
+        values = {"formula": str(self.formula), "inherit": self.inherit, "replicate": self.replicate}
+        return values if self.student is None else values | {"student": self.student.to_json()}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Candidate":
-        return Candidate(Formula.parse(data["formula"]), bool(data["inherit"]), int(data["replicate"]))
+        student = None if data.get("student") is None else Student.from_json(data["student"])
+        return Candidate(Formula.parse(data["formula"]), bool(data["inherit"]), int(data["replicate"]), student)
 
 
 @dataclass(frozen=True)
 class Ask:
     """A candidate with its number (0, 1, …) and where it comes from.
 
-    `parents` are numbers of earlier asks. `rejected` lists the formulas, each with the reason, that the probe turned
-    down before this one was found.
+    `parents` are numbers of earlier asks. `rejected` lists the formulas (in a joint search the actions), each with the
+    reason, that were turned down before this one was found.
     """
 
     id: int
@@ -121,8 +182,11 @@ class Search(Protocol):
         """Note the AP (0–1) after `epoch` epochs of candidate `id`; True means: stop it."""
         ...
 
-    def tell(self, id: int, ap: float | None, status: Status = "completed") -> None:
-        """The end of candidate `id`: its final AP (0–1), its last AP if it was stopped, None if it failed."""
+    def tell(self, id: int, ap: float | None, status: Status = "completed", weights: str | None = None) -> None:
+        """The end of candidate `id`: its final AP (0–1), its last AP if it was stopped, None if it failed.
+
+        weights: the hash under which its weights were kept.
+        """
         ...
 
 

@@ -40,7 +40,7 @@ class Session:
                 self._replay_report(event.id, event.payload)
             else:
                 del open_asks[event.id]
-                search.tell(event.id, event.payload.get("ap"), event.payload["status"])
+                search.tell(event.id, event.payload.get("ap"), event.payload["status"], event.payload.get("weights"))
         self._interrupted = list(open_asks.values())
         self.running: dict[int, Ask] = {}
         self.told = sum(event.kind == "told" for event in ledger.events())
@@ -80,7 +80,7 @@ class Session:
             told |= {"status": "failed", "ap": None, "cause": f"its AP is {ap}"}
         status: Status = told["status"]
         self._ledger.append("told", id, told)
-        self._search.tell(id, told["ap"], status)
+        self._search.tell(id, told["ap"], status, told.get("weights"))
         self.told += 1
         ask = self.running.pop(id)
         if self._on_told is not None:

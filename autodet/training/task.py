@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -93,14 +94,16 @@ class Outcome:
     notes: dict[str, Any]
 
 
+Pace = Callable[[], AbstractContextManager[object]]
 OnEpoch = Callable[[Epoch, float | None], None]  # called after each epoch with the AP where it was measured
 
 
 class Workbench:
     """A task's data and teacher, loaded once a process and used for many students."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, pace: Pace = nullcontext) -> None:
+        """pace: entered while a batch is worked on (see ``Loader``)."""
+        self.task, self._pace = task, pace
         required = ("train", "val") if task.split == "val" else ("train", "val", task.split)
         splits = read_dataset(Path(task.data), required=required)
         self.train_set = splits["train"].subset(task.fraction, SUBSET_SEED)
@@ -137,14 +140,27 @@ class Workbench:
 
         The training's seed is the task's plus the replicate, whatever the formula: equal replicates are paired.
         """
-        task, started = self.task, time.perf_counter()
-        seed = task.seed + replicate
+        seed = self.task.seed + replicate
         student, inherited = self.student(seed, inherit)
-        extra = self._distillation(formula, student)
+        extra = self.distillation(formula, student, self.teacher)
+        return self.train(student, self.train_loader, seed, extra, {"inherited": inherited}, folder, on_epoch)
+
+    def train(
+        self,
+        student: Detector,
+        loader: Loader,
+        seed: int,
+        extra: Distillation | None,
+        notes: Mapping[str, Any],
+        folder: Path | None = None,
+        on_epoch: OnEpoch | None = None,
+    ) -> Outcome:
+        """Train any student by the task's recipe, and measure it; else as ``run``. notes: kept with its weights."""
+        task, started = self.task, time.perf_counter()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint.pt" if folder is not None else None
-        trainer = Trainer(student, self.train_loader, task.settings, seed, extra, checkpoint, task.device)
+        trainer = Trainer(student, loader, task.settings, seed, extra, checkpoint, task.device)
         measured = steps_of(trainer.model, student.spec)
         metrics, speed, overhead = None, 0.0, 0.0
         for epoch in trainer.epochs():
@@ -154,14 +170,15 @@ class Workbench:
             if on_epoch is not None:
                 on_epoch(epoch, metrics.ap if metrics else None)
         metrics = metrics or self.measure(measured)  # a training that was complete before this call
-        notes = {
-            "inherited": inherited,
+        found = {
+            **notes,
             "scales": extra.distiller.scales() if extra else {},
             "images_per_second": round(speed, 2),
             "overhead": round(overhead, 4),
         }
-        weights = self._keep(measured, notes | {"formula": str(formula), "seed": seed, "ap": metrics.ap})
-        return Outcome(metrics, trainer.epoch, time.perf_counter() - started, weights, notes)
+        taught = str(extra.distiller.formula if extra else Formula(()))
+        weights = self.keep(measured, found | {"formula": taught, "seed": seed, "ap": metrics.ap})
+        return Outcome(metrics, trainer.epoch, time.perf_counter() - started, weights, found)
 
     def measure(self, detector: Detector) -> Metrics:
         """COCO metrics on the task's split."""
@@ -189,21 +206,23 @@ class Workbench:
             output = _answer(student, batch, inputs, features, student.dense(inputs, features), taught)
         return Probe(student.spec, self.teacher.detector.spec, output, taught, self.task.normalise)
 
-    def _distillation(self, formula: Formula, student: Detector) -> Distillation | None:
+    def distillation(self, formula: Formula, student: Detector, teacher: Teacher | None) -> Distillation | None:
+        """What a teacher adds to a student's losses; None for the formula without terms."""
         if not formula.terms:
             return None
-        if self.teacher is None:
+        if teacher is None:
             raise ValueError(f"The formula '{formula}' needs a teacher; the task names none.")
-        distiller = Distiller(formula, student.spec, self.teacher.detector.spec, self.task.normalise)
-        return Distillation(distiller, self.teacher, student)
+        distiller = Distiller(formula, student.spec, teacher.detector.spec, self.task.normalise)
+        return Distillation(distiller, teacher, student)
 
     def _loader(self, split: CocoDataset, used: CocoDataset) -> Loader:
         spec, settings = self.task.student, self.task.settings
         cache = ImageCache(split, spec.min_size, spec.max_size, Path(self.task.cache) / "images")
         plan = BatchPlan(settings.batch_size, SUBSET_SEED, settings.flip, fixed=self.task.fixed_batches)
-        return Loader(cache, used, spec.label_map, plan)
+        return Loader(cache, used, spec.label_map, plan, pace=self._pace)
 
-    def _keep(self, detector: Detector, notes: dict[str, Any]) -> str | None:
+    def keep(self, detector: Detector, notes: Mapping[str, Any]) -> str | None:
+        """Write a detector into the task's folder of weights, and return the hash it is named by; None without one."""
         if self.task.weights is None:
             return None
         name = weights_hash(detector.model.state_dict())

@@ -1,0 +1,210 @@
+"""A detector as one ONNX file that runs without autodet and PyTorch, checked in ONNX Runtime before it is written.
+
+The file takes one image of any size and does everything behind it: normalising, resizing, and the selection of
+detections. It resizes without antialiasing; whoever wants an evaluation's detections gives it images that are resized
+as ``data.ImageCache`` does. onnx and onnxruntime are needed here alone: ``pip install "autodet[onnx]"``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.onnx import operators
+
+from autodet.atomic import atomic_write_bytes
+from autodet.detectors import Detector, DetectorSpec, SpecError, Target, detect
+
+OPSET: Final = 17
+OUTPUTS: Final = ("boxes", "scores", "labels")
+BOX_TOLERANCE: Final = 1e-4  # of the image's longer side
+SCORE_TOLERANCE: Final = 1e-4
+REMEDY: Final = (
+    "nothing was written. Where a detection lies at a threshold, rounding decides, so try other images; "
+    "if they differ, too, use another version of torch, onnx or onnxruntime"
+)
+ABOUT: Final = (
+    "A detector by autodet. image: float32 3×height×width, RGB in [0, 1], of any size. boxes: float32 N×4, x1 y1 x2 y2 "
+    "in pixels of that image; scores: float32 N in 0–1, best first; labels: int64 N, which metadata 'labels' explains."
+)
+
+
+class ExportError(ValueError):
+    """A detector that cannot be exported or whose ONNX file disagrees with it, or a file that is no such export."""
+
+
+@dataclass(frozen=True)
+class OnnxCheck:
+    """What an exported file was compared on with ``detect``; with 0 detections nothing was.
+
+    box_difference: the largest of any corner's coordinate, in pixels; score_difference: the largest, in 0–1.
+    """
+
+    images: int
+    detections: int
+    box_difference: float
+    score_difference: float
+
+
+@dataclass(frozen=True)
+class OnnxDetector:
+    """An exported detector in ONNX Runtime, on the CPU."""
+
+    spec: DetectorSpec
+    session: Any
+
+    def __call__(self, image: Tensor) -> Target:
+        """Detections as ``detect`` gives them for one image, float32 3×H×W in [0, 1]."""
+        found = self.session.run(list(OUTPUTS), {"image": image.cpu().numpy()})
+        return {name: torch.from_numpy(values) for name, values in zip(OUTPUTS, found, strict=True)}
+
+
+class _Plain(nn.Module):
+    """The plain model as a function of one image, with a tuple to return, as the exporter wants it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.model([image])[0]
+        return tuple(found[name] for name in OUTPUTS)
+
+
+def export_onnx(detector: Detector, path: Path, images: Sequence[Tensor]) -> OnnxCheck:
+    """Write ``detector`` to one ONNX file that finds in each of ``images`` what ``detect`` finds.
+
+    images: float32 3×H×W in [0, 1], of any sizes, best with objects; the file takes other sizes, too. Its metadata:
+    ``labels`` (JSON: label → category_id and name) and ``spec`` (text, which ``DetectorSpec.parse`` reads). The
+    detector stays as it is. Raises ExportError, and writes nothing, where the two disagree or packages are missing.
+    """
+    if not images:
+        raise ExportError(f"{path}: expected at least one image to check the file on, found none; give a typical one")
+    _packages()  # before anything takes time
+    detector = copy.deepcopy(detector)
+    detector.model.cpu()
+    images = [image.detach().cpu() for image in images]
+    expected = [detect(detector, [image])[0] for image in images]
+    content = _with_metadata(_traced(detector.model, images[0]), detector.spec)
+    exported = _opened(content, path)
+    differences = [
+        _differences(exported(image), wanted, f"{path}, image {number} of {len(images)}", max(image.shape))
+        for number, (image, wanted) in enumerate(zip(images, expected, strict=True), start=1)
+    ]
+    atomic_write_bytes(path, content)
+    boxes, scores = (max(values) for values in zip(*differences, strict=True))
+    return OnnxCheck(len(images), sum(len(wanted["boxes"]) for wanted in expected), boxes, scores)
+
+
+def load_onnx(path: Path) -> OnnxDetector:
+    """A file of ``export_onnx``, ready to run; ExportError where it cannot be read or is something else."""
+    try:
+        return _opened(path.read_bytes(), path)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _traced(model: nn.Module, image: Tensor) -> bytes:
+    """The model, which is changed, as ONNX; height and width stay free."""
+    transform: Any = model.transform
+    transform.resize = partial(_resized, shorter=transform.min_size[-1], longer=transform.max_size)
+    free: dict[str, dict[int, str]] = {name: {0: "detections"} for name in OUTPUTS}
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values traced as constants; the check tells whether that matters
+        file = Path(folder) / "traced.onnx"
+        torch.onnx.export(
+            _Plain(model).eval(),
+            (image,),
+            file,
+            dynamo=False,  # the newer exporter cannot follow these models' selection of detections
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_axes={"image": {1: "height", 2: "width"}, **free},
+        )
+        return file.read_bytes()
+
+
+def _resized(image: Tensor, target: None = None, *, shorter: int, longer: int) -> tuple[Tensor, None]:
+    """What torchvision's transform does with an image 3×H×W, in a form that is exact when traced.
+
+    Its own is then computed in single precision, by which one size in sixteen came out a pixel off. So would scalars
+    be: hence vectors.
+    """
+    size = operators.shape_as_tensor(image)[-2:].double()
+    limits = torch.tensor([shorter, longer], dtype=torch.float64)
+    scale = (limits / torch.stack([size.amin(), size.amax()])).amin(0, keepdim=True)
+    height, width = (size * scale).floor().long()
+    resized = nn.functional.interpolate(image[None], size=(height, width), mode="bilinear", align_corners=False)
+    return resized[0], target
+
+
+def _with_metadata(content: bytes, spec: DetectorSpec) -> bytes:
+    onnx, _ = _packages()
+    model = onnx.load_from_string(content)
+    labels = {label: {"category_id": id_, "name": name} for label, (id_, name) in enumerate(spec.labels, start=1)}
+    onnx.helper.set_model_props(model, {"labels": json.dumps(labels, ensure_ascii=False), "spec": str(spec)})
+    model.doc_string = ABOUT
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def _opened(content: bytes, path: Path) -> OnnxDetector:
+    _, runtime = _packages()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes have no common one
+        raise ExportError(f"{path}: truncated, or no ONNX file ({error}); export or copy it again") from error
+    text = session.get_modelmeta().custom_metadata_map.get("spec")
+    if text is None:
+        raise ExportError(f"{path}: an ONNX file, but none of export_onnx: its metadata has no spec")
+    try:
+        return OnnxDetector(DetectorSpec.parse(text), session)
+    except SpecError as error:
+        raise ExportError(f"{path}: the spec in its metadata cannot be read: {error}") from error
+
+
+def _differences(found: Target, expected: Target, where: str, longer: int) -> tuple[float, float]:
+    """The largest of boxes (pixels) and scores, each detection compared with the nearest of the same label.
+
+    Their order is left open, since rounding decides it between like scores. longer: side of the image in pixels.
+    """
+    counts = len(expected["boxes"]), len(found["boxes"])
+    if counts == (0, 0):
+        return 0.0, 0.0
+    if counts[0] != counts[1]:
+        raise ExportError(f"{where}: expected {counts[0]} detections, found {counts[1]} in ONNX Runtime; {REMEDY}")
+    boxes = (found["boxes"] - expected["boxes"][:, None]).abs().amax(2)
+    scores = (found["scores"] - expected["scores"][:, None]).abs()
+    apart = (boxes / longer / BOX_TOLERANCE).maximum(scores / SCORE_TOLERANCE)
+    apart[found["labels"] != expected["labels"][:, None]] = torch.inf
+    nearest = apart.argmin(1, keepdim=True)
+    box, score = (float(values.gather(1, nearest).max()) for values in (boxes, scores))
+    missed = int((~(apart.gather(1, nearest) <= 1)).sum())  # NaN counts as missed
+    if missed or len(set(nearest.flatten().tolist())) < len(nearest):
+        raise ExportError(
+            f"{where}: {missed} of {len(nearest)} detections differ in ONNX Runtime, boxes by up to {box:.3g} pixels "
+            f"and scores by up to {score:.3g} from the nearest one, or are there twice; {REMEDY}"
+        )
+    return box, score
+
+
+def _packages() -> tuple[Any, Any]:
+    """onnx and onnxruntime."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(f'ONNX needs {error.name}, which is not installed: pip install "autodet[onnx]"') from error
+    return onnx, onnxruntime

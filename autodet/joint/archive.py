@@ -1,0 +1,29 @@
+"""Which weights of a joint search stay on the disk: those that something may still inherit from, or a user choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autodet.search import JointSearch
+
+
+def remove_unneeded(folder: Path, search: JointSearch) -> list[str]:
+    """Remove the weights of candidates that have ended and are needed no more; their hashes.
+
+    So the folder holds the front's, the base's, those of running children's parents, and those just being written.
+    """
+    gone = sorted(set(search.weights.values()) - search.needed())
+    return [hash for hash in gone if _removed(folder / f"{hash}.safetensors")]
+
+
+def remove_strays(folder: Path, search: JointSearch) -> list[str]:
+    """Also remove those of candidates that never ended, as a killed run leaves them; only while nothing runs."""
+    kept = search.needed()
+    found = sorted(folder.glob("*.safetensors"))
+    return [path.stem for path in found if path.stem not in kept and _removed(path)]
+
+
+def _removed(path: Path) -> bool:
+    existed = path.exists()
+    path.unlink(missing_ok=True)
+    return existed

@@ -1,0 +1,85 @@
+"""What a child would be and cost, asked before it is trained: built with its parent's weights, timed beside a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from random import Random
+
+from torch import nn
+
+from autodet.detectors import Detector, SpecError, build, detect, load_detector
+from autodet.detectors.arch import ArchError
+from autodet.evaluation import count_macs, count_params, measure_latency, measure_latency_ratio
+from autodet.joint.bench import JointBench
+from autodet.morphism.actions import Action, derive
+from autodet.morphism.morph import MorphError
+from autodet.records import RelativeCost
+from autodet.search import Examined
+
+PRECISION, MOST_ROUNDS = 0.015, 40  # of a timing in a search; trainings stand still meanwhile
+UserCost = Callable[[nn.Module], float]  # a torchvision detector → milliseconds on the user's device
+
+
+class Examiner:
+    """An ``Examine`` of the joint search, in the driver's process and so on its device.
+
+    A timing waits until no worker of this machine is in the middle of a step (``Quiet``). Images are timed as they are
+    trained on: decoding and resizing the file are left out. milliseconds: a user's own measurement in place of timing.
+    """
+
+    def __init__(self, bench: JointBench, base: str, milliseconds: UserCost | None = None) -> None:
+        """base: hash of the base's weights."""
+        self.base, self._bench, self._milliseconds = base, bench, milliseconds
+        self._base, _ = load_detector(bench.task.weights_file(base))
+        self._base.model.to(bench.task.task.device)
+        self._quiet = bench.task.locks()
+        self.base_ms = self._base_milliseconds()
+
+    def __call__(self, weights: str, actions: Sequence[Action], draw: int) -> Examined | str:
+        """See ``Examine``. A parent whose file is gone raises WeightsError."""
+        spec, state = self._bench.parent(weights)
+        try:
+            spec, state = derive(actions, spec, state, Random(draw))
+            child = build(spec)
+        except (MorphError, SpecError, ArchError) as error:
+            return str(error)
+        child.model.load_state_dict(state)
+        return Examined(spec, self.cost(child))
+
+    def cost(self, detector: Detector) -> RelativeCost:
+        """What a detector costs, beside the base."""
+        task = self._bench.task.task
+        detector.model.to(task.device).eval()
+        images = self._bench.image(detector.spec)
+        macs, params = count_macs(lambda: detect(detector, images)), count_params(detector.model)
+        if self._milliseconds is not None:
+            milliseconds = self._milliseconds(detector.model)
+            return RelativeCost(milliseconds / self.base_ms, 0.0, milliseconds, macs, params)
+        base_images = self._bench.image(self._base.spec)
+        with self._alone():
+            found = measure_latency_ratio(
+                lambda: detect(detector, images),
+                lambda: detect(self._base, base_images),
+                task.device,
+                task.threads,
+                PRECISION,
+                MOST_ROUNDS,
+            )
+        return RelativeCost(found.ratio, found.spread, found.ratio * self.base_ms, macs, params)
+
+    def base_cost(self) -> RelativeCost:
+        """The base's own cost, of ratio 1."""
+        images = self._bench.image(self._base.spec)
+        macs = count_macs(lambda: detect(self._base, images))
+        return RelativeCost(1.0, 0.0, self.base_ms, macs, count_params(self._base.model))
+
+    def _base_milliseconds(self) -> float:
+        if self._milliseconds is not None:
+            return self._milliseconds(self._base.model)
+        task, images = self._bench.task.task, self._bench.image(self._base.spec)
+        with self._alone():
+            return measure_latency(lambda: detect(self._base, images), task.device, threads=task.threads).median_ms
+
+    def _alone(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._quiet is None else self._quiet.alone()

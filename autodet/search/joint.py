@@ -1,0 +1,314 @@
+"""The joint search: students evolve by actions on trained parents, each with a teacher from an elastic pool.
+
+Joint-DetNAS (CVPR 2021) describes two interleaved processes, student morphism and the choice of a teacher; all rates,
+budgets, and the formula as a third gene are ours. Nothing here trains: what a child would be and cost is asked of an
+``Examine``, and stands in the ask, so that a search is rebuilt from its ledger without examining anything again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal, NamedTuple, Protocol
+
+from autodet.detectors import DetectorSpec
+from autodet.distill.formula import Formula
+from autodet.morphism.actions import ALL, PRUNING, STRUCTURE, Action, Steps, actions_text, draw_action, known_actions
+from autodet.records import RelativeCost
+from autodet.search.candidate import EMPTY, FINISHED, WAIT, Answer, Ask, Candidate, Status, Student, rng_for
+from autodet.search.evolution import Space
+from autodet.search.pareto import Point, crowding, front
+from autodet.teachers import Member, PoolSpace
+
+TEACHERS = ("searched", "random", "largest", "none")
+COSTS = ("latency_ratio", "macs_g", "params_m")
+ATTEMPTS = 8  # proposals that are turned down before the parent is trained on as it is
+CHEAPER = 0.98  # of its parent's cost, which a child beyond a limit must be below
+BASE = "base"  # the phase of ask 0
+
+
+class Examined(NamedTuple):
+    """What a child would be, and cost."""
+
+    spec: DetectorSpec
+    cost: RelativeCost
+
+
+class Examine(Protocol):
+    """Asked before anything is trained."""
+
+    def __call__(self, weights: str, actions: Sequence[Action], draw: int) -> Examined | str:
+        """The child of the student with weights of this hash, or why there is none. draw: seed of the actions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a search. budget: children; actions: names of those that may be drawn; teachers: of `TEACHERS`.
+
+    parents: from the front, the best one within the limits, or always the base.
+    """
+
+    name: str
+    budget: int
+    actions: tuple[str, ...] = ALL
+    teachers: Literal["searched", "random", "largest", "none"] = "searched"
+    parents: Literal["front", "best", "base"] = "front"
+
+    def __post_init__(self) -> None:
+        known_actions(self.actions)
+        if self.budget < 1 or self.teachers not in TEACHERS:
+            raise ValueError(f"expected a budget of at least 1 and teachers among {', '.join(TEACHERS)}, found {self}")
+
+
+@dataclass(frozen=True)
+class JointSettings:
+    """A joint search's settings.
+
+    epochs: that a child is trained; limits: of costs (see `RelativeCost`), such as {"latency_ratio": 0.6}; cost: the
+    front's. most_actions: at once, drawn evenly from 1 on. student, teacher: how often only these change, else both do;
+    formula: how often the formula changes as well. focus: how often a parent within the limits is taken, where there is
+    one. inherit: whether children start from their parents' weights.
+    """
+
+    phases: tuple[Phase, ...]
+    epochs: int
+    limits: Mapping[str, float] = field(default_factory=dict)
+    cost: Literal["latency_ratio", "macs_g", "params_m"] = "latency_ratio"
+    steps: Steps = field(default_factory=Steps)
+    most_actions: int = 3
+    student: float = 0.6
+    teacher: float = 0.2
+    formula: float = 0.0
+    focus: float = 0.5
+    inherit: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in (*self.limits, self.cost) if name not in COSTS]
+        if unknown:
+            raise ValueError(f"expected costs among {', '.join(COSTS)}, found {unknown[0]!r}")
+        if not self.phases or self.epochs < 1 or self.most_actions < 1 or self.student + self.teacher > 1:
+            raise ValueError(f"expected phases, epochs and actions, and rates of at most 1 in sum, found {self}")
+
+
+def joint_phases(budget: int, actions: Sequence[str] = ALL) -> tuple[Phase, ...]:
+    """Joint-DetNAS: student and teacher together, all the time."""
+    return (Phase("joint", budget, tuple(actions)),)
+
+
+def pipeline_phases(budget: int) -> tuple[Phase, ...]:
+    """The control: architecture, then pruning, then distillation of the best one; a third of the budget each."""
+    part = max(1, budget // 3)
+    return (
+        Phase("nas", part, STRUCTURE, "none"),
+        Phase("prune", part, PRUNING, "none"),
+        Phase("distil", max(1, budget - 2 * part), (), "largest", "best"),
+    )
+
+
+def random_phases(budget: int, actions: Sequence[str] = ALL) -> tuple[Phase, ...]:
+    """The control: random children of the base alone."""
+    return (Phase("random", budget, tuple(actions), "random", "base"),)
+
+
+class JointSearch:
+    """A `Search` over students; see the module. Ask 0 is the base itself, which is measured and not trained."""
+
+    def __init__(
+        self,
+        base: Student,
+        examine: Examine,
+        settings: JointSettings,
+        seed: int,
+        formula: Formula,
+        teachers: PoolSpace | None = None,
+        formulas: Space | None = None,
+    ) -> None:
+        """base: without parent, actions and teacher. formula: what teachers teach by. teachers: None for a search
+        without any. formulas: how a formula is changed, where ``settings.formula`` is above 0."""
+        if teachers is None and any(phase.teachers != "none" for phase in settings.phases):
+            raise ValueError("expected a pool of teachers, found none: give one, or let all phases have no teachers")
+        if settings.formula and formulas is None:
+            raise ValueError("expected a space of formulas, found none, though formulas may change")
+        self.settings, self._seed, self._examine = settings, seed, examine
+        self._base, self._formula, self._teachers, self._formulas = base, formula, teachers, formulas
+        self.asks: list[Ask] = []
+        self.ends: dict[int, Status] = {}
+        self.weights: dict[int, str] = {}  # of completed candidates, by number
+        self._points: dict[int, Point] = {}
+        self._arms: dict[str, int] = {}  # arm → replicates asked
+
+    @property
+    def budget(self) -> int:
+        """The candidates that will be asked, the base included."""
+        return 1 + sum(phase.budget for phase in self.settings.phases)
+
+    def ask(self) -> Answer:
+        """The next child; the base first, whose AP the others wait for."""
+        running = len(self.ends) < len(self.asks)
+        if not self.asks:
+            return self._commit(Ask(0, Candidate(EMPTY, self.settings.inherit, 0, self._base), BASE, BASE))
+        phase = self._phase()
+        if phase is None or not (self._points or running):
+            return WAIT if running else FINISHED
+        return self._commit(self._child(phase)) if self._points else WAIT
+
+    def replay(self, ask: Ask) -> None:
+        """Take a recorded ask into the state. Raises ValueError unless it is the next one."""
+        if ask.id != len(self.asks):
+            raise ValueError(f"expected ask number {len(self.asks)}, found {ask.id}: replay a ledger in order")
+        self._commit(ask)
+
+    def report(self, id: int, epoch: int, ap: float | None) -> bool:
+        """Children are trained to their end: they are short."""
+        return False
+
+    def tell(self, id: int, ap: float | None, status: Status = "completed", weights: str | None = None) -> None:
+        """Note the end of a candidate. Raises ValueError for a number not asked, or told before."""
+        if not 0 <= id < len(self.asks) or id in self.ends:
+            raise ValueError(f"expected a candidate that was asked and has not ended, found {id}")
+        fine = status == "completed" and ap is not None and math.isfinite(ap) and weights is not None
+        self.ends[id] = status if fine or status != "completed" else "failed"
+        if fine:
+            assert ap is not None and weights is not None
+            self.weights[id] = weights
+            self._points[id] = Point(id, self.cost_of(self.student(id)), ap)
+
+    def student(self, id: int) -> Student:
+        """The student of an ask."""
+        student = self.asks[id].candidate.student
+        assert student is not None
+        return student
+
+    def cost_of(self, student: Student) -> float:
+        """The front's cost of a student."""
+        return float(getattr(student.cost, self.settings.cost))
+
+    def front(self) -> list[Point]:
+        """The archive: what no completed candidate is better than in both aims, by rising cost."""
+        return front(self._points.values())
+
+    def best(self) -> Point | None:
+        """The completed candidate of the highest AP within the limits; None where there is none."""
+        within = [point for point in self.front() if self._within(self.student(point.id).cost)]
+        if within:
+            return within[-1]
+        # The front's cost may not be the limited one.
+        others = [point for point in self._points.values() if self._within(self.student(point.id).cost)]
+        return max(others, key=lambda point: (point.ap, -point.id), default=None)
+
+    def needed(self) -> set[str]:
+        """Hashes of the weights that something may still inherit from, or that a user may choose."""
+        best = self.best()
+        kept = {self.weights[point.id] for point in (*self.front(), *([best] if best else []))}
+        running = {self.student(ask.id).weights for ask in self.asks if ask.id not in self.ends}
+        return kept | running | {self._base.weights}
+
+    def _commit(self, ask: Ask) -> Ask:
+        self.asks.append(ask)
+        arm = ask.candidate.arm
+        self._arms[arm] = self._arms.get(arm, 0) + 1
+        return ask
+
+    def _phase(self) -> Phase | None:
+        """The phase that the next child belongs to; None once all are asked. The next begins without waiting."""
+        asked = len(self.asks) - 1
+        for phase in self.settings.phases:
+            if asked < phase.budget:
+                return phase
+            asked -= phase.budget
+        return None
+
+    def _child(self, phase: Phase) -> Ask:
+        number = len(self.asks)
+        rejected: list[tuple[str, str]] = []
+        for parent, actions, teacher, formula, draw in self._draws(phase, number):
+            weights = self.weights[parent]
+            before = self.student(parent)
+            # A second timing of the same detector would only differ by chance.
+            examined = self._examine(weights, actions, draw) if actions else Examined(before.spec, before.cost)
+            if isinstance(examined, str):
+                reason: str | None = examined
+            elif (reason := self._refused(examined.cost, before.cost, actions)) is None:
+                epochs = self.settings.epochs + (before.epochs if self.settings.inherit else 0)
+                student = Student(examined.spec, actions, parent, weights, teacher, draw, examined.cost, epochs)
+                taught = formula if teacher is not None else EMPTY
+                candidate = Candidate(taught, self.settings.inherit, 0, student)
+                candidate = Candidate(taught, self.settings.inherit, self._arms.get(candidate.arm, 0), student)
+                asked = (number, candidate, phase.name, phase.name, self._generation(parent), (parent,), "child")
+                return Ask(*asked, tuple(rejected))  # type: ignore[arg-type]
+            rejected.append((actions_text(actions), str(reason)))
+        raise AssertionError("the last draw is the parent as it is, which cannot be refused")
+
+    def _draws(
+        self, phase: Phase, number: int
+    ) -> Iterator[tuple[int, tuple[Action, ...], Member | None, Formula, int]]:
+        """Children in the order in which they should be tried; at last a parent that is only trained on."""
+        rng = rng_for(self._seed, number, phase.name)
+        for attempt in range(ATTEMPTS + 1):
+            parent = self._parent(phase, rng)
+            change = rng.random()
+            only_teacher = self.settings.student <= change < self.settings.student + self.settings.teacher
+            changes_teacher = change >= self.settings.student
+            # Beyond the limits training alone leads nowhere, and without a choice of teachers nothing else can change.
+            stays = only_teacher and phase.teachers == "searched" and self._within(self.student(parent).cost)
+            actions: tuple[Action, ...] = ()
+            if phase.actions and attempt < ATTEMPTS and not stays:
+                actions = self._actions(parent, phase, rng)
+            teacher = self._teacher(parent, phase, changes_teacher, rng)
+            yield parent, actions, teacher, self._taught(parent, rng), rng.getrandbits(31)
+
+    def _parent(self, phase: Phase, rng: Random) -> int:
+        if phase.parents == "base" and 0 in self._points:
+            return 0
+        best = self.best()
+        if phase.parents == "best" and best is not None:
+            return best.id
+        points = self.front()
+        within = [point for point in points if self._within(self.student(point.id).cost)]
+        if within and rng.random() < self.settings.focus:
+            points = within
+        return rng.choices(points, crowding(points))[0].id
+
+    def _actions(self, parent: int, phase: Phase, rng: Random) -> tuple[Action, ...]:
+        """Different actions on the parent, each drawn for the parent as it is; ``derive`` says whether they agree."""
+        spec, found = self.student(parent).spec, dict[str, Action]()
+        for _ in range(rng.randint(1, self.settings.most_actions)):
+            action = draw_action(spec, rng, self.settings.steps, phase.actions)
+            if action is not None:
+                found.setdefault(action.name, action)
+        return tuple(found.values())
+
+    def _teacher(self, parent: int, phase: Phase, changes: bool, rng: Random) -> Member | None:
+        if phase.teachers == "none" or self._teachers is None:
+            return None
+        if phase.teachers == "largest":
+            return self._teachers.largest
+        before = self.student(parent).teacher
+        if phase.teachers == "random" or changes or before is None:
+            return self._teachers.sample(rng)
+        return before
+
+    def _taught(self, parent: int, rng: Random) -> Formula:
+        """The parent's formula, or a mutation of it."""
+        before = self.asks[parent].candidate.formula
+        formula = before if before.terms else self._formula
+        if self._formulas is not None and rng.random() < self.settings.formula:
+            return self._formulas.mutate(formula, rng).canonical()
+        return formula
+
+    def _refused(self, cost: RelativeCost, parent: RelativeCost, actions: Sequence[Action]) -> str | None:
+        """Why a child is too expensive: beyond a limit, and not on the way to it either."""
+        for name, limit in self.settings.limits.items():
+            now, before = getattr(cost, name), getattr(parent, name)
+            if now > limit and actions and now > CHEAPER * before:
+                return f"{name} {now:.3g} is above {limit:.3g}, and not below its parent's {before:.3g}"
+        return None
+
+    def _within(self, cost: RelativeCost) -> bool:
+        return all(getattr(cost, name) <= limit for name, limit in self.settings.limits.items())
+
+    def _generation(self, parent: int) -> int:
+        return self.asks[parent].generation + 1

@@ -1,0 +1,138 @@
+"""What a finished upgrade leaves: the derived detector, its ONNX file, the table beside the base, the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pandas as pd
+from pictures import save_detections
+from upgrading import BASE, STAGES
+
+from autodet.atomic import atomic_write_json
+from autodet.data import read_dataset
+from autodet.detectors import Detector, DetectorSpec, build, detect, load_detector, save_detector
+from autodet.evaluation import count_macs, count_params, measure_latencies_interleaved
+from autodet.export import ExportError, export_onnx
+from autodet.joint import Examiner, JointBench, JointTask
+from autodet.morphism.actions import derive, settings_of
+from autodet.records import Metrics
+from autodet.results.joint_report import write_joint_report
+from autodet.search import JointSearch
+from autodet.teachers.statistics import measure_statistics
+
+DERIVED, ONNX, TABLE = "derived.safetensors", "derived.onnx", "final.json"
+REPEATS = 40  # rounds of the last timing
+
+
+def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examiner) -> None:
+    """Keep the best detector within the limits, or, where there is none, the best of all; measure, draw, print."""
+    best = search.best()
+    if best is None:
+        print(f"\nNo candidate is within the limits {dict(search.settings.limits)}; the most accurate one is kept.")
+    chosen = best or max(search.front(), key=lambda point: point.ap)
+    student = search.student(chosen.id)
+    derived, notes = load_detector(task.weights_file(search.weights[chosen.id]))
+    lineage = {"candidate": chosen.id, "lineage_epochs": student.epochs, "val_ap": chosen.ap}
+    save_detector(folder / DERIVED, derived, {**notes, **lineage})
+    task = replace(task, task=replace(task.task, split=_split(Path(task.task.data))))
+    bench, base = JointBench(replace(task, quiet=None)), load_detector(folder / BASE)[0]
+    detectors = {"base": base}
+    if settings_of(derived.spec, base.spec):
+        detectors["base, same settings"] = with_settings(base, derived.spec, bench)
+    detectors["derived"] = derived
+    rows = table(detectors, bench, {"derived": student.epochs})
+    files = {"base": folder / BASE, "derived": folder / DERIVED}
+    save_detections(folder, replace(task.task, teacher=None), files)
+    exported = _export(derived, bench, folder / ONNX)
+    target, lines = search.settings.limits.get("latency_ratio"), usage(folder, exported)
+    found = {"derived": chosen.id, "target": target, "rows": rows, "split": task.task.split, "usage": lines}
+    atomic_write_json(folder / TABLE, found | {"seconds": json.loads((folder / STAGES).read_text())})
+    report = write_joint_report(folder, chosen.id, rows, target, notes=lines)
+    print(f"\nOn the {task.task.split} split:\n{pd.DataFrame(rows).to_string(index=False)}")
+    print("\n" + "\n".join(lines) + f"\n\nReport: {report}")
+
+
+def with_settings(base: Detector, spec: DetectorSpec, bench: JointBench) -> Detector:
+    """The base with another detector's settings, and norm statistics for its image size."""
+    actions = settings_of(spec, base.spec)
+    child_spec, state = derive(actions, base.spec, base.model.state_dict(), Random(0))
+    child = build(child_spec)
+    child.model.load_state_dict(state)
+    child.model.to(bench.task.task.device)
+    if child_spec.min_size != base.spec.min_size:
+        measure_statistics(child, bench.bench(child_spec).train_loader)
+    child.model.eval()
+    return child
+
+
+def table(detectors: dict[str, Detector], bench: JointBench, epochs: dict[str, int]) -> list[dict[str, Any]]:
+    """A row a detector: AP in points, costs timed by turns now that nothing else runs, epochs trained by the search."""
+    task = bench.task.task
+    images = {name: bench.image(detector.spec) for name, detector in detectors.items()}
+    for detector in detectors.values():
+        detector.model.to(task.device).eval()
+    runs = {name: lambda d=detector, i=images[name]: detect(d, i) for name, detector in detectors.items()}
+    latencies = measure_latencies_interleaved(runs, task.device, repeats=REPEATS, threads=task.threads)
+    rows = []
+    for name, detector in detectors.items():
+        metrics = bench.bench(detector.spec).measure(detector)
+        rows.append(
+            {
+                "detector": name,
+                **_points(metrics),
+                "latency ms": round(latencies[name].median_ms, 2),
+                "of base": round(latencies[name].median_ms / latencies["base"].median_ms, 3),
+                "MACs G": round(count_macs(runs[name]), 3),
+                "params M": round(count_params(detector.model), 3),
+                "epochs": epochs.get(name, 0),
+            }
+        )
+    return rows
+
+
+def usage(folder: Path, exported: str) -> list[str]:
+    """How the derived detector is used, as lines of text."""
+    path = (folder / DERIVED).resolve()
+    return [
+        f"python experiments/predict.py {path} IMAGE --output .",
+        "",
+        "from autodet import load_detector, detect",
+        f'detector, notes = load_detector(Path("{path}"))',
+        "found = detect(detector, [image])  # image: 3×H×W in [0, 1]; boxes in its pixels, scores, labels",
+        "",
+        f"ONNX: {exported}",
+    ]
+
+
+def _export(detector: Detector, bench: JointBench, path: Path) -> str:
+    """The checked ONNX file, or why there is none."""
+    loader = bench.bench(detector.spec).eval_loader
+    images = [image for batch in _first(loader.eval_batches(4)) for image in batch.images]
+    detector.model.to("cpu")
+    try:
+        export_onnx(detector, path, images)
+    except (ExportError, ImportError) as error:
+        return f"not written: {error}"
+    return str(path.resolve())
+
+
+def _first(batches: Any) -> list[Any]:
+    return [next(iter(batches))]
+
+
+def _points(metrics: Metrics) -> dict[str, float | None]:
+    names = {"AP": "ap", "AP50": "ap50", "AP S": "ap_small", "AP M": "ap_medium", "AP L": "ap_large"}
+    values = metrics.to_json()
+    return {
+        title: None if values[name] is None else round(100 * float(values[name] or 0), 2)
+        for title, name in names.items()
+    }
+
+
+def _split(data: Path) -> Any:
+    """The test split where the data has one, which nothing was chosen by."""
+    return "test" if "test" in read_dataset(data) else "val"

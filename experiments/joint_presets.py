@@ -1,0 +1,102 @@
+"""What the presets mean for upgrading a detector. All numbers are ours; the paper states no budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from presets import Preset, preset_of, recipe
+
+from autodet.detectors import DetectorSpec
+from autodet.morphism.actions import Steps
+from autodet.training import TrainSettings
+
+
+@dataclass(frozen=True)
+class JointPreset:
+    """One scale. base: trained by ``preset.teaching`` where the user gives none. child: recipe of a child's training.
+
+    budget: children. schedule: of the pool, as a text. inputs, per_input, weights: of the distiller search. fractions:
+    of the base's image size that may be chosen.
+    """
+
+    preset: Preset
+    child: TrainSettings
+    budget: int
+    schedule: str | None
+    members: int
+    inputs: tuple[str, ...]
+    per_input: int
+    weights: int
+    steps: Steps
+    fractions: tuple[float, ...] = (2 / 3, 5 / 6, 1.0)
+
+    def steps_for(self, base: DetectorSpec) -> Steps:
+        """The sizes of steps from a base: its image size times fractions, in multiples of 16 pixels."""
+        sizes = sorted({max(16, round(base.min_size * share / 16) * 16) for share in self.fractions} | {base.min_size})
+        return replace(self.steps, sizes=tuple(sizes))
+
+
+def joint_preset_of(name: str, family: str) -> JointPreset:
+    """A preset for a base of a family."""
+    return {"smoke": smoke, "demo": demo, "cpu": cpu, "gpu": gpu}[name](preset_of(name, family))
+
+
+def smoke(preset: Preset) -> JointPreset:
+    """That everything runs."""
+    return JointPreset(
+        preset=preset,
+        child=recipe(1),
+        budget=4,
+        schedule="1*largest > 1*sandwich(1, 0)",
+        members=2,
+        inputs=("global",),
+        per_input=4,
+        weights=4,
+        steps=Steps(width=4),
+    )
+
+
+def demo(preset: Preset) -> JointPreset:
+    """A few minutes on generated images."""
+    return JointPreset(
+        preset=preset,
+        child=recipe(2, lr=1e-3),
+        budget=24,
+        schedule="3*largest > 4*sandwich(1, 1)",
+        members=3,
+        inputs=("global",),
+        per_input=4,
+        weights=4,
+        steps=Steps(),
+    )
+
+
+def cpu(preset: Preset) -> JointPreset:
+    """Real results on two cores and a few hundred images."""
+    batch = preset.teaching.batch_size
+    return JointPreset(
+        preset=preset,
+        child=recipe(3, lr=5e-4, ema=0.97, batch_size=batch),
+        budget=150,
+        schedule=None,
+        members=8,
+        inputs=("global", "instance"),
+        per_input=8,
+        weights=8,
+        steps=Steps(),
+    )
+
+
+def gpu(preset: Preset) -> JointPreset:
+    """torchvision's detectors at their own size: three epochs a child."""
+    return JointPreset(
+        preset=preset,
+        child=replace(preset.full, epochs=3, lr=preset.full.lr / 4, warmup=200),
+        budget=200,
+        schedule=None,
+        members=40,
+        inputs=("global", "fg_bg", "instance"),
+        per_input=40,
+        weights=40,
+        steps=Steps(width=16),
+    )

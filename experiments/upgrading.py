@@ -1,0 +1,193 @@
+"""What an upgrade needs before it can search: a base detector, a pool of teachers, a distillation formula."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import cast
+
+import search_distiller
+import train_teacher_pool
+from joint_presets import JointPreset
+from pool_presets import pool_preset_of
+from runs import read_search, say_epoch
+
+from autodet.atomic import atomic_write_json
+from autodet.detectors import Detector, build, load_any_detector, load_detector, save_detector
+from autodet.distill import Formula
+from autodet.joint.examine import UserCost
+from autodet.ledger import is_run
+from autodet.morphism.settings import thaw_norms
+from autodet.teachers.pool import MANIFEST, MEMBERS, PoolError, read_manifest
+from autodet.training import Task, train_plain
+
+BASE = "base.safetensors"
+STAGES = "stages.json"
+Labels = Sequence[tuple[int, str]]
+
+
+class Stages:
+    """Seconds that each stage of a run took, over all its sittings."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / STAGES
+        self.seconds: dict[str, float] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Announce a stage and add its time, also where it is interrupted."""
+        logging.info("\n— %s —", name)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
+            atomic_write_json(self._path, self.seconds)
+
+
+def base_stage(
+    options: argparse.Namespace, preset: JointPreset, data: Path, labels: Labels, folder: Path, stages: Stages
+) -> Path:
+    """The base as a file of ours whose norms learn: the user's, or one trained here with the preset's recipe."""
+    path = folder / BASE
+    if path.exists():
+        return path
+    with stages.timed("base"):
+        if options.base is not None:
+            detector, notes = load_any_detector(options.base, labels, options.base_size), {"source": str(options.base)}
+            if detector.spec.labels != tuple(labels):
+                raise ValueError(
+                    f"--base {options.base} knows the labels {list(detector.spec.labels)[:5]}, the data {data} has "
+                    f"{list(labels)[:5]}. Fine-tune it on these first: train_detector.py, or your own training."
+                )
+            save_detector(path, thawed(detector), notes)
+        else:
+            spec = preset.preset.teacher.with_labels(labels)
+            task = Task(
+                data=str(data),
+                cache=str(options.cache.resolve()),
+                student=spec,
+                settings=preset.preset.teaching,
+                fixed_batches=False,
+                weights=str((folder / "base").resolve()),
+                seed=options.seed,
+                device=preset.preset.device,
+                threads=preset.preset.workers * preset.preset.threads,
+            )
+            os.replace(train_plain(task, folder / "base", say_epoch("base")), path)
+    return path
+
+
+def thawed(detector: Detector) -> Detector:
+    """The same detections from norms that can learn, where they were frozen."""
+    if detector.spec.norm != "frozen":
+        return detector
+    weights = detector.model.state_dict()
+    morph = thaw_norms(detector.spec, weights, Random(0))
+    converted = build(morph.spec)
+    converted.model.load_state_dict(morph.weights(weights))
+    converted.model.eval()
+    return converted
+
+
+def pool_identity(named: Path | None, labels: Labels) -> dict[str, str]:
+    """What pins a given pool, checked before anything starts; nothing where one will be trained."""
+    if named is None:
+        return {}
+    manifest = read_manifest(_pool_folder(named))
+    theirs = [tuple(label) for label in manifest["spec"]["labels"]]
+    if theirs != list(labels):
+        raise PoolError(f"--pool {named} knows the labels {theirs[:5]}, the data has {list(labels)[:5]}.")
+    return {"pool": str(manifest["weights"])}
+
+
+def pool_stage(options: argparse.Namespace, base: Path, data: Path, folder: Path, stages: Stages) -> Path:
+    """The folder of the given pool, or of one trained here for images of the base's size."""
+    if options.pool is not None:
+        return _pool_folder(options.pool).resolve()
+    run = folder / "teachers"
+    if not (run / "pool" / MEMBERS).exists():
+        with stages.timed("pool of teachers"):
+            _checked(train_teacher_pool.main(pool_arguments(options, base, data, run)), "train_teacher_pool")
+    return (run / "pool").resolve()
+
+
+def pool_arguments(options: argparse.Namespace, base: Path, data: Path, run: Path) -> list[str]:
+    """The command line of train_teacher_pool.py for a base."""
+    from joint_presets import joint_preset_of
+
+    workers = [] if options.workers is None else ["--workers", str(options.workers)]
+    if is_run(run):
+        return ["--resume", str(run), "--address", options.address, *workers]
+    preset, spec = joint_preset_of(options.preset, options.family), load_detector(base)[0].spec
+    pool = pool_preset_of(options.preset, options.family)
+    space = replace(pool.space, sizes=(spec.min_size,))
+    found = ["--preset", options.preset, "--family", spec.family, "--data", str(data), "--cache", str(options.cache)]
+    found += ["--seed", str(options.seed), "--output", str(run), "--address", options.address, *workers]
+    found += ["--space", str(space), "--members", str(preset.members)]
+    return found if preset.schedule is None else [*found, "--schedule", preset.schedule]
+
+
+def formula_stage(
+    options: argparse.Namespace,
+    preset: JointPreset,
+    base: Path,
+    pool: Path,
+    data: Path,
+    folder: Path,
+    stages: Stages,
+) -> Formula:
+    """The given formula, that of a given run, or one searched here with the pool's largest member as the teacher."""
+    if options.formula is not None:
+        given = Path(options.formula)
+        return read_search(given).found if given.is_dir() else Formula.parse(_text(given, options.formula))
+    run = folder / "distiller"
+    if not (run / "found.json").exists():
+        with stages.timed("distillation formula"):
+            spec = load_detector(base)[0].spec
+            arguments = ["--resume", str(run), "--address", options.address]
+            if not is_run(run):
+                arguments = ["--preset", options.preset, "--family", spec.family, "--data", str(data)]
+                arguments += ["--cache", str(options.cache), "--seed", str(options.seed), "--output", str(run)]
+                arguments += ["--address", options.address, "--teacher", str(pool), "--student", str(spec)]
+                arguments += ["--inputs", *preset.inputs, "--budget-per-input", str(preset.per_input)]
+                arguments += ["--weights-budget", str(preset.weights), "--no-students", "--no-inherit"]
+                arguments += ["--normalise" if options.normalise else "--no-normalise"]
+            _checked(search_distiller.main(arguments), "search_distiller")
+    return read_search(run).found
+
+
+def user_cost(named: str) -> UserCost:
+    """``FILE.py:FUNCTION`` → the function."""
+    file, _, name = named.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"--cost {named}: expected FILE.py:FUNCTION, and there is no file {file!r}.")
+    description = importlib.util.spec_from_file_location("user_cost", file)
+    assert description is not None and description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    description.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--cost {named}: {file} has no function {name!r}.")
+    return cast(UserCost, getattr(module, name))
+
+
+def _pool_folder(named: Path) -> Path:
+    return named / "pool" if (named / "pool" / MANIFEST).exists() else named
+
+
+def _text(path: Path, text: str) -> str:
+    return path.read_text().strip() if len(text) < 200 and path.is_file() else text
+
+
+def _checked(code: int, script: str) -> None:
+    if code:
+        raise KeyboardInterrupt(f"{script} stopped")  # it has said why, and goes on with this run's --resume

@@ -27,7 +27,16 @@ from finishing import finish
 from joint_presets import JointPreset, joint_preset_of
 from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from runs import checked_labels, data_folder, start_or_resume
-from upgrading import Stages, base_stage, formula_stage, pool_identity, pool_stage, user_cost
+from upgrading import (
+    Stages,
+    base_stage,
+    formula_stage,
+    given_base,
+    given_formula,
+    pool_identity,
+    pool_stage,
+    user_cost,
+)
 
 from autodet.detectors import DetectorSpec, load_detector
 from autodet.detectors.weights import weights_hash
@@ -50,7 +59,7 @@ from autodet.search import (
     pipeline_phases,
     random_phases,
 )
-from autodet.search.joint import TEACHERS
+from autodet.search.joint import COSTS, TEACHERS
 from autodet.teachers.pool import TeacherPool
 from autodet.training import Task
 
@@ -71,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     preset = joint_preset_of(options.preset, options.family)
     data = data_folder(options, preset.preset)
     labels = checked_labels(data)
-    milliseconds = None if options.cost is None else user_cost(options.cost)
+    given, milliseconds = given_base(options, labels), None if options.cost is None else user_cost(options.cost)
+    check(options)
     config = {
         "script": "upgrade_detector",
         "options": recorded(options, (*RECORDED, *EXTENDABLE)),
@@ -82,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         stages = Stages(folder)
         workers = options.workers or preset.preset.workers
         with ray_running(options.address, cpus=workers * preset.preset.threads):
-            base = base_stage(options, preset, data, labels, folder, stages)
-            pool = None if options.teachers == "none" else pool_stage(options, base, data, folder, stages)
+            base = base_stage(options, preset, given, data, labels, folder, stages)
+            pool = None if options.teachers == "none" else pool_stage(options, preset, base, data, folder, stages)
             formula = Formula(()) if pool is None else formula_stage(options, preset, base, pool, data, folder, stages)
             task = joint_task(options, preset, data, base, pool, folder)
             with stages.timed("search"):
@@ -128,6 +138,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--formula-rate", type=float, default=0.0, help="how often a child changes the formula as well (default: 0)")
     add("--cost", metavar="FILE.py:FUNCTION", help="your own measurement: a torchvision model → milliseconds")
     return parsed(parser, argv, "upgrade_detector", RECORDED, EXTENDABLE)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Find mistakes that would show hours later."""
+    limits(options, base_ms=1.0)
+    given_formula(options)
+    if options.teachers == "none" and options.search in ("pipeline", "random"):
+        raise ValueError(f"--search {options.search} has teachers of its own: leave --teachers out.")
+    if not 0 <= options.formula_rate <= 1:
+        raise ValueError(f"--formula-rate {options.formula_rate}: expected a share from 0 to 1.")
 
 
 def joint_task(
@@ -211,6 +231,8 @@ def limits(options: argparse.Namespace, base_ms: float) -> dict[str, float]:
         raise ValueError(
             f"Expected --latency-target as 0.6, 60% or 12ms and --limit as macs_g<=1.5, found {text} {options.limit}."
         ) from None
+    if unknown := [name for name in found if name not in COSTS]:
+        raise ValueError(f"--limit {unknown[0]}: expected one of {', '.join(COSTS)}.")
     if not found["latency_ratio"] > 0:
         raise ValueError(f"--latency-target {text}: expected a number above 0.")
     return found

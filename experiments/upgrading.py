@@ -54,36 +54,48 @@ class Stages:
             atomic_write_json(self._path, self.seconds)
 
 
+def given_base(options: argparse.Namespace, labels: Labels) -> Detector | None:
+    """The user's detector, checked before anything starts; None where one will be trained."""
+    if options.base is None:
+        return None
+    detector = load_any_detector(options.base, labels, options.base_size)
+    if detector.spec.labels != tuple(labels):
+        raise ValueError(
+            f"--base {options.base} knows the labels {list(detector.spec.labels)[:5]}, the data has "
+            f"{list(labels)[:5]}. Fine-tune it on these first: train_detector.py, or your own training."
+        )
+    return thawed(detector)
+
+
 def base_stage(
-    options: argparse.Namespace, preset: JointPreset, data: Path, labels: Labels, folder: Path, stages: Stages
+    options: argparse.Namespace,
+    preset: JointPreset,
+    given: Detector | None,
+    data: Path,
+    labels: Labels,
+    folder: Path,
+    stages: Stages,
 ) -> Path:
     """The base as a file of ours whose norms learn: the user's, or one trained here with the preset's recipe."""
     path = folder / BASE
     if path.exists():
         return path
+    if given is not None:
+        save_detector(path, given, {"source": str(options.base)})
+        return path
+    task = Task(
+        data=str(data),
+        cache=str(options.cache.resolve()),
+        student=preset.preset.teacher.with_labels(labels),
+        settings=preset.preset.teaching,
+        fixed_batches=False,
+        weights=str((folder / "base").resolve()),
+        seed=options.seed,
+        device=preset.preset.device,
+        threads=preset.preset.workers * preset.preset.threads,
+    )
     with stages.timed("base"):
-        if options.base is not None:
-            detector, notes = load_any_detector(options.base, labels, options.base_size), {"source": str(options.base)}
-            if detector.spec.labels != tuple(labels):
-                raise ValueError(
-                    f"--base {options.base} knows the labels {list(detector.spec.labels)[:5]}, the data {data} has "
-                    f"{list(labels)[:5]}. Fine-tune it on these first: train_detector.py, or your own training."
-                )
-            save_detector(path, thawed(detector), notes)
-        else:
-            spec = preset.preset.teacher.with_labels(labels)
-            task = Task(
-                data=str(data),
-                cache=str(options.cache.resolve()),
-                student=spec,
-                settings=preset.preset.teaching,
-                fixed_batches=False,
-                weights=str((folder / "base").resolve()),
-                seed=options.seed,
-                device=preset.preset.device,
-                threads=preset.preset.workers * preset.preset.threads,
-            )
-            os.replace(train_plain(task, folder / "base", say_epoch("base")), path)
+        os.replace(train_plain(task, folder / "base", say_epoch("base")), path)
     return path
 
 
@@ -110,25 +122,26 @@ def pool_identity(named: Path | None, labels: Labels) -> dict[str, str]:
     return {"pool": str(manifest["weights"])}
 
 
-def pool_stage(options: argparse.Namespace, base: Path, data: Path, folder: Path, stages: Stages) -> Path:
+def pool_stage(
+    options: argparse.Namespace, preset: JointPreset, base: Path, data: Path, folder: Path, stages: Stages
+) -> Path:
     """The folder of the given pool, or of one trained here for images of the base's size."""
     if options.pool is not None:
         return _pool_folder(options.pool).resolve()
     run = folder / "teachers"
     if not (run / "pool" / MEMBERS).exists():
         with stages.timed("pool of teachers"):
-            _checked(train_teacher_pool.main(pool_arguments(options, base, data, run)), "train_teacher_pool")
+            arguments = pool_arguments(options, preset, base, data, run)
+            _checked(train_teacher_pool.main(arguments), "train_teacher_pool")
     return (run / "pool").resolve()
 
 
-def pool_arguments(options: argparse.Namespace, base: Path, data: Path, run: Path) -> list[str]:
+def pool_arguments(options: argparse.Namespace, preset: JointPreset, base: Path, data: Path, run: Path) -> list[str]:
     """The command line of train_teacher_pool.py for a base."""
-    from joint_presets import joint_preset_of
-
     workers = [] if options.workers is None else ["--workers", str(options.workers)]
     if is_run(run):
         return ["--resume", str(run), "--address", options.address, *workers]
-    preset, spec = joint_preset_of(options.preset, options.family), load_detector(base)[0].spec
+    spec = load_detector(base)[0].spec
     pool = pool_preset_of(options.preset, options.family)
     space = replace(pool.space, sizes=(spec.min_size,))
     found = ["--preset", options.preset, "--family", spec.family, "--data", str(data), "--cache", str(options.cache)]
@@ -146,10 +159,9 @@ def formula_stage(
     folder: Path,
     stages: Stages,
 ) -> Formula:
-    """The given formula, that of a given run, or one searched here with the pool's largest member as the teacher."""
-    if options.formula is not None:
-        given = Path(options.formula)
-        return read_search(given).found if given.is_dir() else Formula.parse(_text(given, options.formula))
+    """The given formula, or one searched here with the pool's largest member as the teacher."""
+    if (given := given_formula(options)) is not None:
+        return given
     run = folder / "distiller"
     if not (run / "found.json").exists():
         with stages.timed("distillation formula"):
@@ -164,6 +176,14 @@ def formula_stage(
                 arguments += ["--normalise" if options.normalise else "--no-normalise"]
             _checked(search_distiller.main(arguments), "search_distiller")
     return read_search(run).found
+
+
+def given_formula(options: argparse.Namespace) -> Formula | None:
+    """The user's formula: a text, a file with one, or what a run of search_distiller.py found."""
+    if options.formula is None:
+        return None
+    named = Path(options.formula)
+    return read_search(named).found if named.is_dir() else Formula.parse(_text(named, options.formula))
 
 
 def user_cost(named: str) -> UserCost:

@@ -195,7 +195,7 @@ def test_rebuilt_from_its_events_it_goes_on_to_the_same_end(cut: int) -> None:
         else:
             hash = "base" if id == 0 else f"weights-{id}"
             rebuilt.tell(id, None if payload else ap_of(rebuilt.asks[id]), "failed" if payload else "completed", hash)
-    assert not rebuilt._examine.asked  # type: ignore[attr-defined]
+    assert not rebuilt._examine.asked
     rebuilt._examine = world
     for kind, id, payload in events[cut:]:
         if kind == "asked":

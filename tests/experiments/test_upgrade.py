@@ -1,0 +1,185 @@
+"""upgrade_detector.py as a user runs it, killed on its way, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import analyze
+import pytest
+import ray
+import torch
+import upgrade_detector
+from detector_cases import stirred
+from joint_presets import joint_preset_of
+from options import main_of
+
+from autodet.data import write_shapes
+from autodet.detectors import DetectorSpec, detect, load_detector, save_detector
+from autodet.detectors.weights import weights_hash
+from autodet.joint import JointBench
+from autodet.ledger import Ledger
+from autodet.records import records_from
+from autodet.results.lineage import front, lineage
+from autodet.runtime.weight_cache import NAMESPACE
+from autodet.teachers import PoolSpace
+from autodet.teachers.pool import save_pool
+
+SCRIPT = str(Path(upgrade_detector.__file__))
+SPACE = PoolSpace.parse("basic-=:8..16/8x1-16x1..2-16x1-16x1@64")
+
+
+def given(folder: Path, spec: DetectorSpec) -> list[str]:
+    """Options that name a base, a pool and data, so that only the search is left to run."""
+    torch.manual_seed(0)
+    data = write_shapes(folder / "data", 8, 4, 4, size=(96, 64), seed=3)
+    save_detector(folder / "base.safetensors", stirred(spec))
+    save_pool(folder / "pool", stirred(replace(spec, body=SPACE.largest.body)), SPACE, {})
+    options = ["--data", str(data), "--base", str(folder / "base.safetensors"), "--pool", str(folder / "pool")]
+    return [*options, "--formula", "global: l2 * 0.1", "--cache", str(folder / "cache"), "--preset", "smoke"]
+
+
+def kill_trial_and_cache(folder: Path, killed: list[str]) -> None:
+    """Kill a candidate's process once it has reported an epoch, then the actor that caches weights."""
+    while not killed:
+        for event in Ledger.open(folder).events():
+            told = {other.id for other in Ledger.open(folder).events() if other.kind == "told"}
+            if event.kind == "reported" and event.id not in told and Path(f"/proc/{event.payload['pid']}").exists():
+                os.kill(event.payload["pid"], signal.SIGKILL)
+                killed.append("trial")
+                break
+        time.sleep(0.02)
+    while len(killed) < 2:
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["namespace"] == NAMESPACE:
+                ray.kill(ray.get_actor(actor["name"], NAMESPACE), no_restart=False)
+                killed.append("cache")
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def upgraded(ray_cluster: None, tiny_spec: DetectorSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Its driver was killed after two candidates; then a trial, then a cache of weights."""
+    inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("runs") / "upgrade"
+    options = [*given(inputs, tiny_spec), "--budget", "7", "--epochs", "2", "--workers", "1", "--output", str(folder)]
+    driver = subprocess.Popen([sys.executable, SCRIPT, *options])
+    while len(list((folder / "events").glob("*-told-*"))) < 2:
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    before = Ledger.open(folder).events()
+    killed: list[str] = []
+    threading.Thread(target=kill_trial_and_cache, args=(folder, killed), daemon=True).start()
+    assert upgrade_detector.main(["--resume", str(folder)]) == 0
+    assert killed == ["trial", "cache"]
+    assert Ledger.open(folder).events()[: len(before)] == before
+    return folder
+
+
+def test_every_candidate_ends_once_whatever_is_killed(upgraded: Path) -> None:
+    events = Ledger.open(upgraded).events()
+    assert [event.id for event in events if event.kind == "told"] == list(range(8))
+    records = records_from(events)
+    assert all(record.status == "completed" for record in records)
+    assert all(record.epochs == 2 for record in records[1:]) and records[0].epochs == 0
+    for record in records[1:]:
+        path = lineage(records, record.id)
+        assert record.student is not None and record.student["epochs"] == 2 * (len(path) - 1)
+        parent = path[-2]
+        assert record.student["weights"] == parent.weights
+
+
+def test_the_disk_holds_the_front_and_the_base_alone(upgraded: Path) -> None:
+    records = records_from(Ledger.open(upgraded).events())
+    named = {record.weights for record in front(records)} | {records[0].weights}
+    final = json.loads((upgraded / "final.json").read_text())
+    named.add(records[final["derived"]].weights)
+    kept = {path.stem for path in (upgraded / "weights").glob("*.safetensors")}
+    best_within = kept - named  # the best one within the limits, where the most accurate of all was not kept
+    assert named <= kept and len(best_within) <= 1
+    for hash in kept:
+        detector, _ = load_detector(upgraded / "weights" / f"{hash}.safetensors")
+        assert weights_hash(detector.model.state_dict()) == hash
+
+
+def test_the_derived_detector_gives_what_the_run_reported(upgraded: Path) -> None:
+    final = json.loads((upgraded / "final.json").read_text())
+    row = final["rows"][-1]
+    assert final["rows"][0]["detector"] == "base" and row["detector"] == "derived"
+    detector, notes = load_detector(upgraded / "derived.safetensors")
+    record = records_from(Ledger.open(upgraded).events())[final["derived"]]
+    assert notes["val_ap"] == record.ap and notes["candidate"] == record.id
+    options = Ledger.open(upgraded).config["options"]
+    task = upgrade_detector.joint_task(
+        upgrade_detector.parse(["--resume", str(upgraded)]),
+        joint_preset_of(options["preset"], options["family"]),
+        Path(options["data"]),
+        upgraded / "base.safetensors",
+        None,
+        upgraded,
+    )
+    bench = JointBench(replace(task, quiet=None)).bench(detector.spec)
+    assert bench.measure(detector).ap == pytest.approx(record.ap, abs=1e-4)
+    assert len(detect(detector, [torch.rand(3, 64, 96)])) == 1
+
+
+def test_report_table_and_onnx_are_there(upgraded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (upgraded / "report.html").read_text()
+    assert "derived" in page and "prune_" in page and "data:image/png" in page
+    assert (upgraded / "derived.onnx").stat().st_size > 10_000
+    assert analyze.main([str(upgraded)]) == 0
+    assert "How to use it" in (upgraded / "report.html").read_text()
+    assert "completed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--base", "other.safetensors"], "knows the labels"),
+        (["--pool", "data"], "no complete pool"),
+        (["--formula", "global: nonsense"], "nonsense"),
+        (["--latency-target", "fast"], "--latency-target as 0.6"),
+        (["--latency-target", "0"], "above 0"),
+        (["--limit", "macs_g=3"], "--limit as macs_g<=1.5"),
+        (["--limit", "watts<=3"], "watts"),
+        (["--cost", "nowhere.py:ms"], "nowhere.py"),
+        (["--search", "pipeline", "--teachers", "none"], "teachers of its own"),
+        (["--formula-rate", "3"], "from 0 to 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_found_before_anything_is_trained(
+    arguments: list[str],
+    message: str,
+    tiny_spec: DetectorSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = given(tmp_path, tiny_spec)
+    other = tiny_spec.with_labels([(index, f"class {index}") for index in range(1, 6)])
+    save_detector(tmp_path / "other.safetensors", stirred(other))
+    assert main_of(lambda _: upgrade_detector.main([*options, "--output", "new", *arguments])) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and message in error and "Traceback" not in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_target_is_a_share_or_milliseconds() -> None:
+    def of(*arguments: str) -> dict[str, float]:
+        return upgrade_detector.limits(upgrade_detector.parse(list(arguments)), base_ms=20.0)
+
+    assert of() == {"latency_ratio": 0.6}
+    assert of("--latency-target", "55%") == {"latency_ratio": 0.55}
+    assert of("--latency-target", "12ms") == {"latency_ratio": 0.6}
+    assert of("--limit", "macs_g<=1.5", "--limit", "params_m<=2")["params_m"] == 2.0

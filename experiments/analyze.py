@@ -82,7 +82,8 @@ def report_of(run: Path, output: Path, baseline: str | None) -> Path:
         return write_report(run, output, baseline)
     final = run / "final.json"
     found = json.loads(final.read_text()) if final.exists() else {"rows": [], "derived": None, "target": None}
-    return write_joint_report(run, found["derived"], found["rows"], found["target"], output, found.get("usage", ()))
+    usage, marks = found.get("usage", ()), {name: (x, y) for name, (x, y) in found.get("marks", {}).items()}
+    return write_joint_report(run, found["derived"], found["rows"], found["target"], output, usage, marks)
 
 
 def separate(runs: list[Path]) -> list[Path]:

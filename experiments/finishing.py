@@ -25,12 +25,15 @@ from autodet.search import JointSearch
 from autodet.teachers.statistics import measure_statistics
 
 DERIVED, ONNX, TABLE = "derived.safetensors", "derived.onnx", "final.json"
+SAME = "base, same settings"
 REPEATS = 40  # rounds of the last timing
 
 
 def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examiner) -> None:
     """Keep the best detector within the limits, or, where there is none, the best of all; measure, draw, print."""
     best = search.best()
+    if not search.front():
+        raise ValueError(f"No candidate completed, not even the base; the causes are in {folder / 'summary.csv'}.")
     if best is None:
         print(f"\nNo candidate is within the limits {dict(search.settings.limits)}; the most accurate one is kept.")
     chosen = best or max(search.front(), key=lambda point: point.ap)
@@ -38,20 +41,30 @@ def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examine
     derived, notes = load_detector(task.weights_file(search.weights[chosen.id]))
     lineage = {"candidate": chosen.id, "lineage_epochs": student.epochs, "val_ap": chosen.ap}
     save_detector(folder / DERIVED, derived, {**notes, **lineage})
-    task = replace(task, task=replace(task.task, split=_split(Path(task.task.data))))
-    bench, base = JointBench(replace(task, quiet=None)), load_detector(folder / BASE)[0]
-    detectors = {"base": base}
+    task, base = replace(task, quiet=None), load_detector(folder / BASE)[0]
+    detectors, marks = {"base": base}, {}
     if settings_of(derived.spec, base.spec):
-        detectors["base, same settings"] = with_settings(base, derived.spec, bench)
+        detectors[SAME] = with_settings(base, derived.spec, JointBench(task))
+        val_ap = JointBench(task).bench(derived.spec).measure(detectors[SAME]).ap or 0.0
+        marks[SAME] = (examiner.cost(detectors[SAME]).latency_ratio, val_ap)
     detectors["derived"] = derived
+    task = replace(task, task=replace(task.task, split=_split(Path(task.task.data))))
+    bench = JointBench(task)
     rows = table(detectors, bench, {"derived": student.epochs})
     files = {"base": folder / BASE, "derived": folder / DERIVED}
     save_detections(folder, replace(task.task, teacher=None), files)
     exported = _export(derived, bench, folder / ONNX)
     target, lines = search.settings.limits.get("latency_ratio"), usage(folder, exported)
-    found = {"derived": chosen.id, "target": target, "rows": rows, "split": task.task.split, "usage": lines}
+    found: dict[str, Any] = {
+        "derived": chosen.id,
+        "target": target,
+        "rows": rows,
+        "split": task.task.split,
+        "usage": lines,
+    }
+    found |= {"usage": lines, "marks": marks}
     atomic_write_json(folder / TABLE, found | {"seconds": json.loads((folder / STAGES).read_text())})
-    report = write_joint_report(folder, chosen.id, rows, target, notes=lines)
+    report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks)
     print(f"\nOn the {task.task.split} split:\n{pd.DataFrame(rows).to_string(index=False)}")
     print("\n" + "\n".join(lines) + f"\n\nReport: {report}")
 

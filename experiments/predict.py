@@ -136,9 +136,9 @@ def lines(path: Path, found: Target, spec: DetectorSpec) -> Iterable[Sequence[ob
 
 
 def drawn(title: str, image: Image.Image, found: Target, spec: DetectorSpec) -> bytes:
-    """A PNG of the image with its boxes; the legend names the classes that it shows, or all where it shows none."""
+    """A PNG of the image with its boxes; the legend names the classes that it shows."""
     boxes, labels, scores = (found[name].numpy() for name in ("boxes", "labels", "scores"))
-    shown = set(labels.tolist()) or set(spec.categories)
+    shown = set(labels.tolist())
     names = {label: name for label, (_, name) in enumerate(spec.labels, start=1) if label in shown}
     return to_png(draw_detections([[Panel(title, np.asarray(image), boxes, labels, scores)]], names))
 

@@ -26,7 +26,7 @@ TEACHERS = ("searched", "random", "largest", "none")
 COSTS = ("latency_ratio", "macs_g", "params_m")
 ATTEMPTS = 8  # proposals that are turned down before the parent is trained on as it is
 CHEAPER = 0.98  # of its parent's cost, which a child beyond a limit must be below
-BASE = "base"  # the phase of ask 0
+BASE, FOUNDERS = "base", "founders"  # the phases of ask 0, and of other students without parents
 
 
 class Examined(NamedTuple):
@@ -114,7 +114,7 @@ def random_phases(budget: int, actions: Sequence[str] = ALL) -> tuple[Phase, ...
 
 
 class JointSearch:
-    """A `Search` over students; see the module. Ask 0 is the base itself, which is measured and not trained."""
+    """A `Search` over students; see the module. Ask 0 is the base itself, measured and not trained, as founders are."""
 
     def __init__(
         self,
@@ -125,15 +125,19 @@ class JointSearch:
         formula: Formula,
         teachers: PoolSpace | None = None,
         formulas: Space | None = None,
+        founders: Sequence[Student] = (),
     ) -> None:
         """base: without parent, actions and teacher. formula: what teachers teach by. teachers: None for a search
-        without any. formulas: how a formula is changed, where ``settings.formula`` is above 0."""
+        without any. formulas: how a formula is changed, where ``settings.formula`` is above 0. founders: students
+        without parents that are measured after the base, such as members of the pool; children may descend from them.
+        """
         if teachers is None and any(phase.teachers != "none" for phase in settings.phases):
             raise ValueError("expected a pool of teachers, found none: give one, or let all phases have no teachers")
         if settings.formula and formulas is None:
             raise ValueError("expected a space of formulas, found none, though formulas may change")
         self.settings, self._seed, self._examine = settings, seed, examine
-        self._base, self._formula, self._teachers, self._formulas = base, formula, teachers, formulas
+        self._formula, self._teachers, self._formulas = formula, teachers, formulas
+        self._given = (base, *founders)
         self.asks: list[Ask] = []
         self.ends: dict[int, Status] = {}
         self.weights: dict[int, str] = {}  # of completed candidates, by number
@@ -142,14 +146,16 @@ class JointSearch:
 
     @property
     def budget(self) -> int:
-        """The candidates that will be asked, the base included."""
-        return 1 + sum(phase.budget for phase in self.settings.phases)
+        """The candidates that will be asked, the base and the founders included."""
+        return len(self._given) + sum(phase.budget for phase in self.settings.phases)
 
     def ask(self) -> Answer:
-        """The next child; the base first, whose AP the others wait for."""
-        running = len(self.ends) < len(self.asks)
-        if not self.asks:
-            return self._commit(Ask(0, Candidate(EMPTY, self.settings.inherit, 0, self._base), BASE, BASE))
+        """The next child; the base and the founders first, of which children need one that has ended."""
+        running, number = len(self.ends) < len(self.asks), len(self.asks)
+        if number < len(self._given):
+            phase_name = FOUNDERS if number else BASE
+            candidate = Candidate(EMPTY, self.settings.inherit, 0, self._given[number])
+            return self._commit(Ask(number, candidate, phase_name, phase_name, origin="given"))
         phase = self._phase()
         if phase is None or not (self._points or running):
             return WAIT if running else FINISHED
@@ -204,7 +210,7 @@ class JointSearch:
         best = self.best()
         kept = {self.weights[point.id] for point in (*self.front(), *([best] if best else []))}
         running = {self.student(ask.id).weights for ask in self.asks if ask.id not in self.ends}
-        return kept | running | {self._base.weights}
+        return kept | running | {student.weights for student in self._given}
 
     def _commit(self, ask: Ask) -> Ask:
         self.asks.append(ask)
@@ -214,7 +220,7 @@ class JointSearch:
 
     def _phase(self) -> Phase | None:
         """The phase that the next child belongs to; None once all are asked. The next begins without waiting."""
-        asked = len(self.asks) - 1
+        asked = len(self.asks) - len(self._given)
         for phase in self.settings.phases:
             if asked < phase.budget:
                 return phase

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from joint_runs import BASE, TEACHERS, Step, base, joint_run, large_search, records_of, small_search
+from made_joint_runs import BASE, TEACHERS, Step, base, joint_run, large_search, records_of, small_search
 from matplotlib.figure import Figure
 
 from autodet.detectors import Arch

@@ -3,7 +3,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from joint_runs import BASE, FORMULA, TEACHERS, Step, base, large_search, records_of, small_search
+from made_joint_runs import BASE, FORMULA, TEACHERS, Step, base, large_search, records_of, small_search
 
 from autodet.results.lineage import (
     COLUMNS,

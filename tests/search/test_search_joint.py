@@ -271,6 +271,22 @@ def test_without_inheritance_epochs_do_not_add_up() -> None:
     assert not any(ask.candidate.inherit for ask in search.asks)
 
 
+def test_founders_are_measured_and_children_may_descend_from_them() -> None:
+    world = World()
+    narrow = replace(BASE, body=Arch.parse("basic-16:16x1-16x1-24x1-32x1"))
+    founder = Student(narrow, (), None, "founder", None, 0, cost_of(narrow), 0)
+    base = Student(BASE, (), None, "base", None, 0, cost_of(BASE), 0)
+    search = JointSearch(base, world, settings(), 0, TAUGHT, POOL, founders=[founder])
+    world.specs["founder"] = narrow
+    first, second = search.ask(), search.ask()
+    assert isinstance(first, Ask) and isinstance(second, Ask) and search.ask() is WAIT
+    assert (first.phase, second.phase) == ("base", "founders") and search.budget == 42
+    search.tell(1, 0.5, "completed", "founder")
+    child = search.ask()
+    assert isinstance(child, Ask) and student_of(child).parent == 1
+    assert {"base", "founder"} <= search.needed()
+
+
 def test_formulas_change_at_their_rate() -> None:
     world = World()
     search = search_of(world=world, formula=0.5)

@@ -1,0 +1,187 @@
+"""The joint search of an upgrade: from options to a search, run to its end with a line a child."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from joint_presets import JointPreset
+
+from autodet.detectors import DetectorSpec, load_detector, save_detector
+from autodet.detectors.weights import weights_hash
+from autodet.distill import Formula
+from autodet.joint import Examiner, JointBench, JointTask
+from autodet.joint.archive import remove_strays, remove_unneeded
+from autodet.ledger import Ledger
+from autodet.morphism.actions import actions_text
+from autodet.runtime.tune_search import run_session
+from autodet.search import (
+    GRAMMAR,
+    Ask,
+    JointSearch,
+    JointSettings,
+    Phase,
+    Session,
+    Student,
+    joint_phases,
+    pipeline_phases,
+    random_phases,
+)
+from autodet.search.joint import COSTS
+from autodet.search.pareto import Point, front
+from autodet.teachers import Member
+from autodet.teachers.pool import TeacherPool, read_members
+from autodet.training import Task
+
+SEARCHES = ("joint", "no-op", "pipeline", "random")
+RANDOM_ACTIONS = 8  # at most, of a child in a random search, which are all the base's own children
+
+
+def joint_task(
+    options: argparse.Namespace, preset: JointPreset, data: Path, base: Path, pool: Path | None, folder: Path
+) -> JointTask:
+    """How children are trained and judged."""
+    settings = preset.child if options.epochs is None else replace(preset.child, epochs=options.epochs)
+    task = Task(
+        data=str(data),
+        cache=str(options.cache.resolve()),
+        student=load_detector(base)[0].spec,
+        settings=settings,
+        fixed_batches=False,
+        normalise=options.normalise,
+        weights=str((folder / "weights").resolve()),
+        seed=options.seed,
+        device=preset.preset.device,
+        threads=preset.preset.threads,
+    )
+    quiet = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    return JointTask(task, None if pool is None else str(pool), quiet=quiet)
+
+
+def pool_students(folder: Path, count: int, task: JointTask, examiner: Examiner) -> list[Student]:
+    """The most accurate of the pool's measured members that none is better than at fewer parameters."""
+    if not count:
+        return []
+    bench, pool, table = JointBench(task), TeacherPool.open(folder), read_members(folder)
+    points = front(Point(row, *map(float, table.loc[row, ["params_m", "ap"]])) for row in table.index)
+    found = []
+    for point in sorted(points, key=lambda point: -point.ap)[:count]:
+        member = Member.parse(str(table.loc[point.id, "member"]))
+        loader = bench.bench(pool.spec_of(member)).train_loader
+        taken = pool.take(member, loader, Path(task.task.cache), task.task.device)
+        hash = weights_hash(taken.model.state_dict())
+        save_detector(task.weights_file(hash), taken, {"member": str(member), "pool": pool.hash})
+        found.append(Student(taken.spec, (), None, hash, None, 0, examiner.cost(taken), 0))
+    return found
+
+
+def keep_base(task: JointTask, base: Path) -> str:
+    """Put the base among the weights that children inherit from; its hash."""
+    detector, _ = load_detector(base)
+    hash = weights_hash(detector.model.state_dict())
+    path = task.weights_file(hash)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base.read_bytes())
+    return hash
+
+
+def make_search(
+    options: argparse.Namespace,
+    preset: JointPreset,
+    task: JointTask,
+    examiner: Examiner,
+    formula: Formula,
+    pool: Path | None,
+) -> JointSearch:
+    """The joint search, or a control with as many children of as many epochs."""
+    spec: DetectorSpec = task.task.student
+    budget = options.budget or preset.budget
+    phases = {
+        "joint": joint_phases(budget),
+        "no-op": (Phase("no-op", budget, ()),),
+        "pipeline": pipeline_phases(budget),
+        "random": random_phases(budget),
+    }[options.search]
+    if options.teachers != "searched" and options.search in ("joint", "no-op"):
+        phases = tuple(replace(phase, teachers=options.teachers) for phase in phases)
+    settings = JointSettings(
+        phases=phases,
+        epochs=task.task.settings.epochs,
+        limits=limits(options, examiner.base_ms),
+        steps=preset.steps_for(spec),
+        most_actions=RANDOM_ACTIONS if options.search == "random" else JointSettings.most_actions,
+        formula=options.formula_rate,
+        inherit=options.inherit,
+    )
+    cost = examiner.base_cost()
+    base = Student(spec, (), None, examiner.base, None, options.seed, cost, 0)
+    space = None if pool is None else TeacherPool.open(pool).space
+    inputs = [term.input for term in formula.terms]
+    formulas = GRAMMAR.whole(inputs, (), 2) if options.formula_rate else None
+    founders = [] if pool is None else pool_students(pool, options.founders, task, examiner)
+    return JointSearch(base, examiner, settings, options.seed, formula, space, formulas, founders)
+
+
+def limits(options: argparse.Namespace, base_ms: float) -> dict[str, float]:
+    """What a derived detector may cost at most, by the names of ``RelativeCost``."""
+    text = str(options.latency_target).strip()
+    try:
+        target = float(text.removesuffix("ms").removesuffix("%"))
+        found = {"latency_ratio": target / base_ms if text.endswith("ms") else target / (100 if "%" in text else 1)}
+        for each in options.limit or ():
+            name, _, value = each.partition("<=")
+            found[name.strip()] = float(value)
+    except ValueError:
+        raise ValueError(
+            f"Expected --latency-target as 0.6, 60% or 12ms and --limit as macs_g<=1.5, found {text} {options.limit}."
+        ) from None
+    if unknown := [name for name in found if name not in COSTS]:
+        raise ValueError(f"--limit {unknown[0]}: expected one of {', '.join(COSTS)}.")
+    if not found["latency_ratio"] > 0:
+        raise ValueError(f"--latency-target {text}: expected a number above 0.")
+    return found
+
+
+def run_search(ledger: Ledger, search: JointSearch, task: JointTask, folder: Path, workers: int) -> bool:
+    """Run the search's children; False if interrupted."""
+    session = Session(ledger, search, told_of(search, Path(str(task.task.weights))))
+    remove_strays(Path(str(task.task.weights)), search)
+    run_session(session, task, folder, workers, gpus_per_trial=float(task.task.device == "cuda"))
+    ledger.write_views()
+    return session.finished
+
+
+def told_of(search: JointSearch, weights: Path) -> Callable[[Ask, Mapping[str, Any]], None]:
+    """After each child: a line for the user, and weights that nothing needs any more removed."""
+    started, begun = time.monotonic(), [0]
+
+    def told(ask: Ask, payload: Mapping[str, Any]) -> None:
+        begun[0] += 1
+        remove_unneeded(weights, search)
+        student, best = search.student(ask.id), search.best()
+        left = (search.budget - len(search.ends)) * (time.monotonic() - started) / begun[0] / 60
+        ap = "failed" if payload["ap"] is None else f"{payload['ap']:.3f}"
+        found = (
+            "none within the limits yet"
+            if best is None
+            else f"best {best.ap:.3f} at {search.student(best.id).cost.latency_ratio:.0%} of the base's latency"
+        )
+        logging.info(
+            "[%d of %d] AP %s at %.0f%%, %s; %s; about %.0f min left%s",
+            *(len(search.ends), search.budget, ap, 100 * student.cost.latency_ratio),
+            *(
+                actions_text(student.actions),
+                found,
+                left,
+                f"  ({payload['cause']})" if payload["status"] == "failed" else "",
+            ),
+        )
+
+    return told

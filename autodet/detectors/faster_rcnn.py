@@ -12,6 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from autodet.detectors.pyramid import (
     PyramidSteps,
@@ -122,7 +123,7 @@ def build_faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
         rpn_pre_nms_top_n_test=spec.proposals_before_nms[1],
         rpn_post_nms_top_n_train=spec.proposals[0],
         rpn_post_nms_top_n_test=spec.proposals[1],
-        box_roi_pool=MultiScaleRoIAlign(poolable, spec.roi_size, spec.roi_sampling),
+        box_roi_pool=_region_pool(spec, poolable),
         box_head=TwoMLPHead(spec.neck_width * spec.roi_size**2, spec.head_width),
         box_predictor=FastRCNNPredictor(spec.head_width, len(spec.labels) + 1),
         box_batch_size_per_image=spec.regions_per_image,
@@ -130,6 +131,20 @@ def build_faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
         box_nms_thresh=spec.nms_threshold,
         box_detections_per_img=spec.detections,
     )
+
+
+def _region_pool(spec: DetectorSpec, levels: list[str]) -> MultiScaleRoIAlign:
+    """RoIAlign at the levels' nominal strides.
+
+    torchvision infers them from the first image that it meets, and keeps them: a small one, whose maps are rounded up,
+    would change all later detections.
+    """
+    pool = MultiScaleRoIAlign(levels, spec.roi_size, spec.roi_sampling)
+    strides = spec.body_levels
+    pool.scales = [1 / stride for stride in strides]
+    first, last = strides[0].bit_length() - 1, strides[-1].bit_length() - 1
+    pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
+    return pool
 
 
 def describe_faster_rcnn(model: FasterRCNN, labels: Sequence[tuple[int, str]]) -> DetectorSpec:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from detector_cases import LABELS, batch, step_losses, steps
+from detector_cases import LABELS, batch, small_spec, step_losses, steps
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.detection import (
@@ -19,7 +19,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from autodet.detectors import Arch, DetectorSpec, SpecError, adapt
+from autodet.detectors import Arch, DetectorSpec, SpecError, adapt, build, detect
 from autodet.detectors.faster_rcnn import FasterRCNNSteps, build_faster_rcnn
 
 SPEC = DetectorSpec(
@@ -187,3 +187,16 @@ def test_parts_of_the_two_stages_that_a_spec_cannot_say_are_refused(
     setattr(owner, name, value)
     with pytest.raises(SpecError, match=f"parts that a spec cannot say: .*{reason}"):
         adapt(model, LABELS)
+
+
+def test_the_first_image_does_not_decide_where_regions_are_pooled() -> None:
+    """torchvision's pooling keeps the strides that it infers from the first image, of which small ones mislead it."""
+    torch.manual_seed(0)
+    spec = replace(small_spec("faster_rcnn"), min_size=33, max_size=400, score_threshold=0.0)
+    first = build(spec)
+    second = copy.deepcopy(first)
+    detect(first, [torch.rand(3, 33, 37)])
+    image = torch.rand(3, 120, 160)
+    assert torch.equal(detect(first, [image])[0]["scores"], detect(second, [image])[0]["scores"])
+    pool = second.model.get_submodule("roi_heads.box_roi_pool")
+    assert pool.scales == [1 / stride for stride in spec.body_levels]

@@ -57,17 +57,17 @@ def smoke(preset: Preset) -> JointPreset:
 
 
 def demo(preset: Preset) -> JointPreset:
-    """A few minutes on generated images."""
+    """A few minutes on generated images; batches of 4, for the steps."""
     return JointPreset(
-        preset=preset,
-        child=recipe(2, lr=1e-3),
-        budget=24,
-        schedule="3*largest > 4*sandwich(1, 1)",
-        members=3,
+        preset=replace(preset, teaching=recipe(8, batch_size=4)),
+        child=replace(recipe(2, lr=1.5e-3, batch_size=4), warmup=5),
+        budget=16,
+        schedule="2*largest > 2*sandwich(1, 1)",
+        members=2,
         inputs=("global",),
         per_input=4,
         weights=4,
-        steps=Steps(),
+        steps=Steps(shrink=(0.5, 0.75)),
     )
 
 

@@ -131,22 +131,27 @@ def make_search(
 
 def limits(options: argparse.Namespace, base_ms: float) -> dict[str, float]:
     """What a derived detector may cost at most, by the names of ``RelativeCost``."""
-    text = str(options.latency_target).strip()
-    try:
-        target = float(text.removesuffix("ms").removesuffix("%"))
-        found = {"latency_ratio": target / base_ms if text.endswith("ms") else target / (100 if "%" in text else 1)}
-        for each in options.limit or ():
-            name, _, value = each.partition("<=")
+    found = {} if options.latency_target is None else {"latency_ratio": _ratio(str(options.latency_target), base_ms)}
+    for each in options.limit or ():
+        name, _, value = each.partition("<=")
+        try:
             found[name.strip()] = float(value)
-    except ValueError:
-        raise ValueError(
-            f"Expected --latency-target as 0.6, 60% or 12ms and --limit as macs_g<=1.5, found {text} {options.limit}."
-        ) from None
+        except ValueError:
+            raise ValueError(f"Expected --limit as macs_g<=1.5, found {each}.") from None
     if unknown := [name for name in found if name not in COSTS]:
         raise ValueError(f"--limit {unknown[0]}: expected one of {', '.join(COSTS)}.")
-    if not found["latency_ratio"] > 0:
-        raise ValueError(f"--latency-target {text}: expected a number above 0.")
     return found
+
+
+def _ratio(target: str, base_ms: float) -> float:
+    """``0.6``, ``60%`` or ``12ms`` → the share of the base's latency."""
+    try:
+        value = float(target.strip().removesuffix("ms").removesuffix("%"))
+    except ValueError:
+        raise ValueError(f"Expected --latency-target as 0.6, 60% or 12ms, found {target}.") from None
+    if value <= 0:
+        raise ValueError(f"--latency-target {target}: expected a number above 0.")
+    return value / base_ms if target.endswith("ms") else value / (100 if target.endswith("%") else 1)
 
 
 def run_search(ledger: Ledger, search: JointSearch, task: JointTask, folder: Path, workers: int) -> bool:

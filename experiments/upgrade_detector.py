@@ -88,7 +88,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", type=Path, help="the detector: a file of ours or a torchvision state dict (default: train one)")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
-    add("--latency-target", default="0.6", help="share of the base's latency, or milliseconds as 12ms (default: 0.6)")
+    add(
+        "--latency-target",
+        help="share of the base's latency as 0.6, or milliseconds as 12ms: the most accurate detector within it is"
+        " handed back (default: none, and the fastest one that is as accurate as the base)",
+    )
     add("--limit", action="append", default=None, metavar="NAME<=X", help="also macs_g<=X or params_m<=X")
     add("--pool", type=Path, help="of teachers, by train_teacher_pool.py (default: train one)")
     add("--formula", help="what teachers teach by: a formula, or a run of search_distiller.py (default: search one)")

@@ -172,7 +172,7 @@ def formula_stage(
                 arguments += ["--cache", str(options.cache), "--seed", str(options.seed), "--output", str(run)]
                 arguments += ["--address", options.address, "--teacher", str(pool), "--student", str(spec)]
                 arguments += ["--inputs", *preset.inputs, "--budget-per-input", str(preset.per_input)]
-                arguments += ["--weights-budget", str(preset.weights), "--no-students", "--no-inherit"]
+                arguments += ["--weights-budget", str(preset.weights), "--no-students"]
                 arguments += ["--normalise" if options.normalise else "--no-normalise"]
             _checked(search_distiller.main(arguments), "search_distiller")
     return read_search(run).found

@@ -197,13 +197,16 @@ class JointSearch:
         return front(self._points.values())
 
     def best(self) -> Point | None:
-        """The completed candidate of the highest AP within the limits; None where there is none."""
-        within = [point for point in self.front() if self._within(self.student(point.id).cost)]
-        if within:
-            return within[-1]
-        # The front's cost may not be the limited one.
-        others = [point for point in self._points.values() if self._within(self.student(point.id).cost)]
-        return max(others, key=lambda point: (point.ap, -point.id), default=None)
+        """What a user is handed: the most accurate candidate within the limits; None where there is none.
+
+        Without limits the cheapest one that is at least as accurate as the base.
+        """
+        if not self.settings.limits:
+            base = self._points.get(0)
+            return next((point for point in self.front() if base is not None and point.ap >= base.ap), None)
+        # Not of the front alone, whose cost may not be the limited one.
+        within = [point for point in self._points.values() if self._within(self.student(point.id).cost)]
+        return max(within, key=lambda point: (point.ap, -point.cost, -point.id), default=None)
 
     def needed(self) -> set[str]:
         """Hashes of the weights that something may still inherit from, or that a user may choose."""

@@ -69,7 +69,19 @@ def kill_trial_and_cache(folder: Path, killed: list[str]) -> None:
 def upgraded(ray_cluster: None, tiny_spec: DetectorSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. Its driver was killed after two candidates; then a trial, then a cache of weights."""
     inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("runs") / "upgrade"
-    options = [*given(inputs, tiny_spec), "--budget", "7", "--epochs", "2", "--workers", "1", "--output", str(folder)]
+    options = [
+        *given(inputs, tiny_spec),
+        "--budget",
+        "7",
+        "--latency-target",
+        "0.8",
+        "--epochs",
+        "2",
+        "--workers",
+        "1",
+        "--output",
+        str(folder),
+    ]
     driver = subprocess.Popen([sys.executable, SCRIPT, *options])
     while len(list((folder / "events").glob("*-told-*"))) < 2:
         assert driver.poll() is None
@@ -180,7 +192,8 @@ def test_a_target_is_a_share_or_milliseconds() -> None:
     def of(*arguments: str) -> dict[str, float]:
         return limits(upgrade_detector.parse(list(arguments)), base_ms=20.0)
 
-    assert of() == {"latency_ratio": 0.6}
+    assert of() == {}
+    assert of("--latency-target", "0.6") == {"latency_ratio": 0.6}
     assert of("--latency-target", "55%") == {"latency_ratio": 0.55}
     assert of("--latency-target", "12ms") == {"latency_ratio": 0.6}
     assert of("--limit", "macs_g<=1.5", "--limit", "params_m<=2")["params_m"] == 2.0

@@ -146,6 +146,16 @@ def test_it_asks_its_budget_and_finds_a_better_one_within_the_limits() -> None:
     assert best.ap == max(ap_of(search.asks[i]) for i in within)
 
 
+def test_without_limits_the_best_is_the_cheapest_that_is_as_accurate_as_the_base() -> None:
+    world = World()
+    search = search_of(world=world, limits={})
+    run(search, world)
+    best, base = search.best(), ap_of(search.asks[0])
+    assert best is not None and best.ap >= base
+    good = [search.student(id).cost.latency_ratio for id in search.weights if ap_of(search.asks[id]) >= base]
+    assert best.cost == min(good)
+
+
 def test_over_the_limit_only_what_is_on_its_way_down_is_trained() -> None:
     world = World()
     search = search_of(world=world)

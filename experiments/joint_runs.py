@@ -115,6 +115,7 @@ def make_search(
         phases=phases,
         epochs=task.task.settings.epochs,
         limits=limits(options, examiner.base_ms),
+        aim="cost" if options.latency_target is None else "accuracy",
         steps=preset.steps_for(spec),
         most_actions=RANDOM_ACTIONS if options.search == "random" else JointSettings.most_actions,
         formula=options.formula_rate,
@@ -131,7 +132,8 @@ def make_search(
 
 def limits(options: argparse.Namespace, base_ms: float) -> dict[str, float]:
     """What a derived detector may cost at most, by the names of ``RelativeCost``."""
-    found = {} if options.latency_target is None else {"latency_ratio": _ratio(str(options.latency_target), base_ms)}
+    target = options.latency_target
+    found = {"latency_ratio": 1.0 if target is None else _ratio(str(target), base_ms)}
     for each in options.limit or ():
         name, _, value = each.partition("<=")
         try:
@@ -174,7 +176,7 @@ def told_of(search: JointSearch, weights: Path) -> Callable[[Ask, Mapping[str, A
         left = (search.budget - len(search.ends)) * (time.monotonic() - started) / begun[0] / 60
         ap = "failed" if payload["ap"] is None else f"{payload['ap']:.3f}"
         found = (
-            "none within the limits yet"
+            f"none {'within the limits' if search.settings.aim == 'accuracy' else 'as accurate as the base'} yet"
             if best is None
             else f"best {best.ap:.3f} at {search.student(best.id).cost.latency_ratio:.0%} of the base's latency"
         )

@@ -70,13 +70,15 @@ class JointSettings:
     epochs: that a child is trained; limits: of costs (see `RelativeCost`), such as {"latency_ratio": 0.6}; cost: the
     front's. most_actions: at once, drawn evenly from 1 on. student, teacher: how often only these change, else both do;
     formula: how often the formula changes as well. focus: how often a parent within the limits is taken, where there is
-    one. inherit: whether children start from their parents' weights.
+    one. aim: the most accurate within the limits, or the cheapest that is at least as accurate as the base. inherit:
+    whether children start from their parents' weights.
     """
 
     phases: tuple[Phase, ...]
     epochs: int
     limits: Mapping[str, float] = field(default_factory=dict)
     cost: Literal["latency_ratio", "macs_g", "params_m"] = "latency_ratio"
+    aim: Literal["accuracy", "cost"] = "accuracy"
     steps: Steps = field(default_factory=Steps)
     most_actions: int = 3
     student: float = 0.6
@@ -197,15 +199,13 @@ class JointSearch:
         return front(self._points.values())
 
     def best(self) -> Point | None:
-        """What a user is handed: the most accurate candidate within the limits; None where there is none.
-
-        Without limits the cheapest one that is at least as accurate as the base.
-        """
-        if not self.settings.limits:
-            base = self._points.get(0)
-            return next((point for point in self.front() if base is not None and point.ap >= base.ap), None)
+        """What a user is handed of the candidates within the limits, by the aim; None where there is none."""
         # Not of the front alone, whose cost may not be the limited one.
         within = [point for point in self._points.values() if self._within(self.student(point.id).cost)]
+        if self.settings.aim == "cost":
+            base = self._points.get(0)
+            within = [point for point in within if base is not None and point.ap >= base.ap]
+            return min(within, key=lambda point: (point.cost, -point.ap, point.id), default=None)
         return max(within, key=lambda point: (point.ap, -point.cost, -point.id), default=None)
 
     def needed(self) -> set[str]:

@@ -192,7 +192,7 @@ def test_a_target_is_a_share_or_milliseconds() -> None:
     def of(*arguments: str) -> dict[str, float]:
         return limits(upgrade_detector.parse(list(arguments)), base_ms=20.0)
 
-    assert of() == {}
+    assert of() == {"latency_ratio": 1.0}
     assert of("--latency-target", "0.6") == {"latency_ratio": 0.6}
     assert of("--latency-target", "55%") == {"latency_ratio": 0.55}
     assert of("--latency-target", "12ms") == {"latency_ratio": 0.6}

@@ -146,9 +146,9 @@ def test_it_asks_its_budget_and_finds_a_better_one_within_the_limits() -> None:
     assert best.ap == max(ap_of(search.asks[i]) for i in within)
 
 
-def test_without_limits_the_best_is_the_cheapest_that_is_as_accurate_as_the_base() -> None:
+def test_where_cost_is_the_aim_the_best_is_the_cheapest_that_is_as_accurate_as_the_base() -> None:
     world = World()
-    search = search_of(world=world, limits={})
+    search = search_of(world=world, limits={"latency_ratio": 1.0}, aim="cost")
     run(search, world)
     best, base = search.best(), ap_of(search.asks[0])
     assert best is not None and best.ap >= base

@@ -35,9 +35,7 @@ def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examine
     if not search.front():
         raise ValueError(f"No candidate completed, not even the base; the causes are in {folder / 'summary.csv'}.")
     if best is None:
-        print(
-            f"\nNo candidate is within the limits {dict(search.settings.limits)}: the most accurate is kept."
-        )
+        print(f"\nNo candidate is within the limits {dict(search.settings.limits)}: the most accurate is kept.")
     chosen = best or max(search.front(), key=lambda point: point.ap)
     student = search.student(chosen.id)
     derived, notes = load_detector(task.weights_file(search.weights[chosen.id]))

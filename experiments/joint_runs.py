@@ -33,7 +33,7 @@ from autodet.search import (
     pipeline_phases,
     random_phases,
 )
-from autodet.search.joint import COSTS
+from autodet.search.joint import COSTS, every_term
 from autodet.search.pareto import Point, front
 from autodet.teachers import Member
 from autodet.teachers.pool import TeacherPool, read_members
@@ -127,7 +127,8 @@ def make_search(
     inputs = [term.input for term in formula.terms]
     formulas = GRAMMAR.whole(inputs, (), 2) if options.formula_rate else None
     founders = [] if pool is None else pool_students(pool, options.founders, task, examiner)
-    return JointSearch(base, examiner, settings, options.seed, formula, space, formulas, founders)
+    comparable = every_term if pool is None else JointBench(task).comparable
+    return JointSearch(base, examiner, settings, options.seed, formula, space, formulas, founders, comparable)
 
 
 def limits(options: argparse.Namespace, base_ms: float) -> dict[str, float]:

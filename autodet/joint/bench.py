@@ -17,7 +17,8 @@ from torch import Tensor
 from autodet.data import BatchKey, Loader
 from autodet.detectors import Detector, DetectorSpec, build, load_detector
 from autodet.detectors.weights import WeightsError, load_weights, metadata_of
-from autodet.distill.inputs import comparable_inputs
+from autodet.distill.formula import Formula
+from autodet.distill.inputs import comparable_inputs, why_incomparable
 from autodet.distill.teacher import Teacher
 from autodet.evaluation import Quiet
 from autodet.morphism.actions import are_exact, derive
@@ -168,6 +169,11 @@ class JointBench:
         if len(self._teachers) > TEACHERS_AT_HAND:
             self._teachers.popitem(last=False)
         return self._teachers[member]
+
+    def comparable(self, formula: Formula, student: DetectorSpec, teacher: Member) -> Formula:
+        """The terms that a student can be compared on with a member, which may see images at another size."""
+        spec = self.pool().spec_of(teacher)
+        return Formula(tuple(term for term in formula.terms if why_incomparable(term.input, student, spec) is None))
 
     def pool(self) -> TeacherPool:
         """The pool of teachers."""

@@ -8,7 +8,7 @@ budgets, and the formula as a third gene are ours. Nothing here trains: what a c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal, NamedTuple, Protocol
@@ -42,6 +42,14 @@ class Examine(Protocol):
     def __call__(self, weights: str, actions: Sequence[Action], draw: int) -> Examined | str:
         """The child of the student with weights of this hash, or why there is none. draw: seed of the actions."""
         ...
+
+
+Comparable = Callable[[Formula, DetectorSpec, Member], Formula]
+
+
+def every_term(formula: Formula, student: DetectorSpec, teacher: Member) -> Formula:
+    """A ``Comparable`` that leaves nothing out."""
+    return formula
 
 
 @dataclass(frozen=True)
@@ -128,10 +136,12 @@ class JointSearch:
         teachers: PoolSpace | None = None,
         formulas: Space | None = None,
         founders: Sequence[Student] = (),
+        comparable: Comparable = every_term,
     ) -> None:
         """base: without parent, actions and teacher. formula: what teachers teach by. teachers: None for a search
         without any. formulas: how a formula is changed, where ``settings.formula`` is above 0. founders: students
         without parents that are measured after the base, such as members of the pool; children may descend from them.
+        comparable: leaves out of a formula what a student cannot be compared on with a teacher.
         """
         if teachers is None and any(phase.teachers != "none" for phase in settings.phases):
             raise ValueError("expected a pool of teachers, found none: give one, or let all phases have no teachers")
@@ -139,7 +149,7 @@ class JointSearch:
             raise ValueError("expected a space of formulas, found none, though formulas may change")
         self.settings, self._seed, self._examine = settings, seed, examine
         self._formula, self._teachers, self._formulas = formula, teachers, formulas
-        self._given = (base, *founders)
+        self._given, self._comparable = (base, *founders), comparable
         self.asks: list[Ask] = []
         self.ends: dict[int, Status] = {}
         self.weights: dict[int, str] = {}  # of completed candidates, by number
@@ -243,7 +253,7 @@ class JointSearch:
             elif (reason := self._refused(examined.cost, before.cost, actions)) is None:
                 epochs = self.settings.epochs + (before.epochs if self.settings.inherit else 0)
                 student = Student(examined.spec, actions, parent, weights, teacher, draw, examined.cost, epochs)
-                taught = formula if teacher is not None else EMPTY
+                taught = EMPTY if teacher is None else self._comparable(formula, examined.spec, teacher)
                 candidate = Candidate(taught, self.settings.inherit, 0, student)
                 candidate = Candidate(taught, self.settings.inherit, self._arms.get(candidate.arm, 0), student)
                 asked = (number, candidate, phase.name, phase.name, self._generation(parent), (parent,), "child")
@@ -301,12 +311,12 @@ class JointSearch:
         return before
 
     def _taught(self, parent: int, rng: Random) -> Formula:
-        """The parent's formula, or a mutation of it."""
+        """The search's formula; where formulas may change, the parent's or a mutation of it."""
+        if self._formulas is None:
+            return self._formula
         before = self.asks[parent].candidate.formula
         formula = before if before.terms else self._formula
-        if self._formulas is not None and rng.random() < self.settings.formula:
-            return self._formulas.mutate(formula, rng).canonical()
-        return formula
+        return self._formulas.mutate(formula, rng).canonical() if rng.random() < self.settings.formula else formula
 
     def _refused(self, cost: RelativeCost, parent: RelativeCost, actions: Sequence[Action]) -> str | None:
         """Why a child is too expensive: beyond a limit, and not on the way to it either."""

@@ -114,6 +114,13 @@ def test_norm_statistics_are_measured_anew_after_a_pruning_alone(
     assert asked.student is not None and measured == [asked.student.spec]
 
 
+def test_terms_that_need_one_image_size_are_left_out_where_sizes_differ(task: JointTask, base: Detector) -> None:
+    formula = Formula.parse("global: l2; localization.dense: iou")
+    bench = JointBench(task)
+    assert bench.comparable(formula, base.spec, SPACE.smallest) == formula
+    assert bench.comparable(formula, base.spec.at_size(48), SPACE.smallest) == Formula.parse("global: l2")
+
+
 def test_children_see_other_batches_than_their_parents(task: JointTask, base: Detector) -> None:
     loader = JointBench(task).bench(base.spec).train_loader
     assert loader.dealt(1).keys(0) != loader.dealt(2).keys(0)

@@ -31,7 +31,7 @@ from autodet.search import (
     rng_for,
 )
 from autodet.search.pareto import front
-from autodet.teachers import PoolSpace
+from autodet.teachers import Member, PoolSpace
 
 BASE = replace(small_spec("faster_rcnn"), body=Arch.parse("basic-32:32x2-32x2-48x2-64x2"))
 POOL = PoolSpace.parse("basic-=:16..32/8x1..2-32x1-32x1-32x1@64")
@@ -279,6 +279,18 @@ def test_without_inheritance_epochs_do_not_add_up() -> None:
     run(search, world)
     assert {student_of(ask).epochs for ask in search.asks[1:]} == {2}
     assert not any(ask.candidate.inherit for ask in search.asks)
+
+
+def test_what_cannot_be_compared_is_left_out_of_that_child_alone() -> None:
+    def comparable(formula: Formula, student: DetectorSpec, teacher: Member) -> Formula:
+        return formula if width_of(student) == width_of(BASE) else Formula(())
+
+    world = World()
+    base = Student(BASE, (), None, "base", None, 0, cost_of(BASE), 0)
+    search = JointSearch(base, world, settings(), 0, TAUGHT, POOL, comparable=comparable)
+    run(search, world)
+    for ask in search.asks[1:]:
+        assert bool(ask.candidate.formula.terms) == (width_of(student_of(ask).spec) == width_of(BASE))
 
 
 def test_founders_are_measured_and_children_may_descend_from_them() -> None:

@@ -25,6 +25,7 @@ from autodet.teachers import Member, PoolSpace
 TEACHERS = ("searched", "random", "largest", "none")
 COSTS = ("latency_ratio", "macs_g", "params_m")
 ATTEMPTS = 8  # proposals that are turned down before the parent is trained on as it is
+SLACK = 0.03  # of AP, that a parent may lack of the base's where the aim is a cheaper detector as accurate as the base
 CHEAPER = 0.98  # of its parent's cost, which a child beyond a limit must be below
 BASE, FOUNDERS = "base", "founders"  # the phases of ask 0, and of other students without parents
 
@@ -77,9 +78,9 @@ class JointSettings:
 
     epochs: that a child is trained; limits: of costs (see `RelativeCost`), such as {"latency_ratio": 0.6}; cost: the
     front's. most_actions: at once, drawn evenly from 1 on. student, teacher: how often only these change, else both do;
-    formula: how often the formula changes as well. focus: how often a parent within the limits is taken, where there is
-    one. aim: the most accurate within the limits, or the cheapest that is at least as accurate as the base. inherit:
-    whether children start from their parents' weights.
+    formula: how often the formula changes as well. focus: how often the best one so far is the parent at the search's
+    end, rising from never at its beginning. aim: the most accurate within the limits, or the cheapest that is at least as
+    accurate as the base. inherit: whether children start from their parents' weights.
     """
 
     phases: tuple[Phase, ...]
@@ -282,14 +283,19 @@ class JointSearch:
     def _parent(self, phase: Phase, rng: Random) -> int:
         if phase.parents == "base" and 0 in self._points:
             return 0
-        best = self.best()
-        if phase.parents == "best" and best is not None:
+        best, points = self.best(), self.front()
+        done = len(self.asks) / self.budget
+        if best is not None and (phase.parents == "best" or rng.random() < self.settings.focus * done):
             return best.id
-        points = self.front()
-        within = [point for point in points if self._within(self.student(point.id).cost)]
-        if within and rng.random() < self.settings.focus:
-            points = within
-        return rng.choices(points, crowding(points))[0].id
+        useful = [point for point in points if self._leads_on(point, best)] or points
+        return rng.choices(useful, crowding(useful))[0].id
+
+    def _leads_on(self, point: Point, best: Point | None) -> bool:
+        """Whether a point of the front may still lead to a better one for the aim."""
+        if self.settings.aim == "accuracy":
+            return best is None or point.cost >= best.cost
+        base = self._points.get(0)
+        return base is None or point.ap >= base.ap - SLACK
 
     def _actions(self, parent: int, phase: Phase, rng: Random) -> tuple[Action, ...]:
         """Different actions on the parent, each drawn for the parent as it is; ``derive`` says whether they agree."""

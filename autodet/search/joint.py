@@ -77,10 +77,10 @@ class JointSettings:
     """A joint search's settings.
 
     epochs: that a child is trained; limits: of costs (see `RelativeCost`), such as {"latency_ratio": 0.6}; cost: the
-    front's. most_actions: at once, drawn evenly from 1 on. student, teacher: how often only these change, else both do;
-    formula: how often the formula changes as well. focus: how often the best one so far is the parent at the end, rising
-    from never at the beginning. aim: the most accurate within the limits, or the cheapest that is at least as accurate as
-    the base. inherit: whether children start from their parents' weights.
+    front's. aim: the most accurate within the limits, or the cheapest that is at least as accurate as the base.
+    most_actions: at once, drawn evenly from 1 on. student, teacher: how often only these change, else both do; formula:
+    how often the formula changes as well. focus: how often the best one so far is the parent at the end, rising from
+    never at the beginning. inherit: whether children start from their parents' weights.
     """
 
     phases: tuple[Phase, ...]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pandas as pd
@@ -16,9 +15,10 @@ from autodet.atomic import atomic_write_json
 from autodet.data import read_dataset
 from autodet.detectors import Detector, DetectorSpec, build, detect, load_detector, save_detector
 from autodet.evaluation import count_macs, count_params, measure_latencies_interleaved
-from autodet.export import ExportError, export_onnx
+from autodet.export import export_onnx
 from autodet.joint import Examiner, JointBench, JointTask
-from autodet.morphism.actions import derive, settings_of
+from autodet.morphism.settings import with_settings_of
+from autodet.pareto import Point
 from autodet.records import Metrics
 from autodet.results.joint_report import write_joint_report
 from autodet.search import JointSearch
@@ -31,59 +31,65 @@ REPEATS = 40  # rounds of the last timing
 
 def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examiner) -> None:
     """Keep the best detector within the limits, or, where there is none, the best of all; measure, draw, print."""
-    best = search.best()
-    if not search.front():
-        raise ValueError(f"No candidate completed, not even the base; the causes are in {folder / 'summary.csv'}.")
-    if best is None:
-        print(f"\nNo candidate is within the limits {dict(search.settings.limits)}: the most accurate is kept.")
-    chosen = best or max(search.front(), key=lambda point: point.ap)
+    chosen = chosen_of(search, folder)
     student = search.student(chosen.id)
     derived, notes = load_detector(task.weights_file(search.weights[chosen.id]))
     lineage = {"candidate": chosen.id, "lineage_epochs": student.epochs, "val_ap": chosen.ap}
     save_detector(folder / DERIVED, derived, {**notes, **lineage})
     task, base = replace(task, quiet=None), load_detector(folder / BASE)[0]
-    detectors, marks = {"base": base}, {}
-    if settings_of(derived.spec, base.spec):
-        detectors[SAME] = with_settings(base, derived.spec, JointBench(task))
-        val_ap = JointBench(task).bench(derived.spec).measure(detectors[SAME]).ap or 0.0
-        marks[SAME] = (examiner.cost(detectors[SAME]).latency_ratio, val_ap)
+    detectors, marks, spec = {"base": base}, {}, with_settings_of(base.spec, derived.spec)
+    if spec != base.spec:
+        bench = JointBench(task)
+        detectors[SAME] = with_settings(base, spec, bench)
+        marks[SAME] = (examiner.cost(detectors[SAME]).latency_ratio, bench.bench(spec).measure(detectors[SAME]).ap or 0)
     detectors["derived"] = derived
     task = replace(task, task=replace(task.task, split=_split(Path(task.task.data))))
-    bench = JointBench(task)
-    rows = table(detectors, bench, {"derived": student.epochs})
-    files = {"base": folder / BASE, "derived": folder / DERIVED}
-    save_detections(folder, replace(task.task, teacher=None), files)
-    exported = _export(derived, bench, folder / ONNX)
-    target, lines = search.settings.limits.get("latency_ratio"), usage(folder, exported)
-    found: dict[str, Any] = {
-        "derived": chosen.id,
-        "target": target,
-        "rows": rows,
-        "split": task.task.split,
-        "usage": lines,
-    }
-    found |= {"usage": lines, "marks": marks}
-    atomic_write_json(folder / TABLE, found | {"seconds": json.loads((folder / STAGES).read_text())})
+    bench, seconds = JointBench(task), json.loads((folder / STAGES).read_text())
+    rows = table(detectors, bench, {"derived": student.epochs}, seconds)
+    save_detections(folder, replace(task.task, teacher=None), {"base": folder / BASE, "derived": folder / DERIVED})
+    target, lines = (
+        search.settings.limits.get("latency_ratio"),
+        [*usage(folder), _export(derived, bench, folder / ONNX)],
+    )
+    found = {"derived": chosen.id, "target": target, "rows": rows, "split": task.task.split, "usage": lines}
+    atomic_write_json(folder / TABLE, found | {"marks": marks, "seconds": seconds})
     report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks)
     print(f"\nOn the {task.task.split} split:\n{pd.DataFrame(rows).to_string(index=False)}")
     print("\n" + "\n".join(lines) + f"\n\nReport: {report}")
 
 
+def chosen_of(search: JointSearch, folder: Path) -> Point:
+    """What is handed over, and a word where that is less than was asked for."""
+    if not search.front():
+        raise ValueError(f"No candidate completed, not even the base; the causes are in {folder / 'summary.csv'}.")
+    best = search.best()
+    if best is None:
+        print(f"\nNo candidate is within the limits {dict(search.settings.limits)}: the most accurate is kept.")
+        return max(search.front(), key=lambda point: point.ap)
+    if best.id == 0:
+        print("\nNothing better than the base was found; it is handed back as it is. A larger --budget may help.")
+    return best
+
+
 def with_settings(base: Detector, spec: DetectorSpec, bench: JointBench) -> Detector:
-    """The base with another detector's settings, and norm statistics for its image size."""
-    actions = settings_of(spec, base.spec)
-    child_spec, state = derive(actions, base.spec, base.model.state_dict(), Random(0))
-    child = build(child_spec)
-    child.model.load_state_dict(state)
+    """The base with other settings, and norm statistics for its image size."""
+    child = build(spec)
+    child.model.load_state_dict(base.model.state_dict())
     child.model.to(bench.task.task.device)
-    if child_spec.min_size != base.spec.min_size:
-        measure_statistics(child, bench.bench(child_spec).train_loader)
+    if spec.min_size != base.spec.min_size:
+        measure_statistics(child, bench.bench(spec).train_loader)
     child.model.eval()
     return child
 
 
-def table(detectors: dict[str, Detector], bench: JointBench, epochs: dict[str, int]) -> list[dict[str, Any]]:
-    """A row a detector: AP in points, costs timed by turns now that nothing else runs, epochs trained by the search."""
+def table(
+    detectors: dict[str, Detector], bench: JointBench, epochs: dict[str, int], seconds: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A row a detector: AP in points, costs timed by turns now that nothing else runs, epochs trained by the search.
+
+    seconds: of the stages; the base took its own, the derived detector all of them.
+    """
+    spent = {"base": seconds.get("base", 0.0), "derived": sum(seconds.values())}
     task = bench.task.task
     images = {name: bench.image(detector.spec) for name, detector in detectors.items()}
     for detector in detectors.values():
@@ -102,39 +108,34 @@ def table(detectors: dict[str, Detector], bench: JointBench, epochs: dict[str, i
                 "MACs G": round(count_macs(runs[name]), 3),
                 "params M": round(count_params(detector.model), 3),
                 "epochs": epochs.get(name, 0),
+                "minutes": round(spent[name] / 60, 1) if name in spent else None,
             }
         )
     return rows
 
 
-def usage(folder: Path, exported: str) -> list[str]:
+def usage(folder: Path) -> list[str]:
     """How the derived detector is used, as lines of text."""
     path = (folder / DERIVED).resolve()
     return [
         f"python experiments/predict.py {path} IMAGE --output .",
         "",
-        "from autodet import load_detector, detect",
-        f'detector, notes = load_detector(Path("{path}"))',
+        "from autodet import detect, load_detector",
+        f'detector, notes = load_detector("{path}")',
         "found = detect(detector, [image])  # image: 3×H×W in [0, 1]; boxes in its pixels, scores, labels",
         "",
-        f"ONNX: {exported}",
     ]
 
 
 def _export(detector: Detector, bench: JointBench, path: Path) -> str:
-    """The checked ONNX file, or why there is none."""
-    loader = bench.bench(detector.spec).eval_loader
-    images = [image for batch in _first(loader.eval_batches(4)) for image in batch.images]
+    """A line on the checked ONNX file, or why there is none. Of a former one nothing is left."""
+    path.unlink(missing_ok=True)
     detector.model.to("cpu")
     try:
-        export_onnx(detector, path, images)
-    except (ExportError, ImportError) as error:
-        return f"not written: {error}"
-    return str(path.resolve())
-
-
-def _first(batches: Any) -> list[Any]:
-    return [next(iter(batches))]
+        check = export_onnx(detector, path, next(iter(bench.bench(detector.spec).eval_loader.eval_batches(4))).images)
+    except Exception as error:  # an exporter's own errors are of many kinds, and all else is there without the file
+        return f"ONNX: not written: {error}"
+    return f"ONNX: {path.resolve()}, the same {check.detections} detections on {check.images} images in ONNX Runtime"
 
 
 def _points(metrics: Metrics) -> dict[str, float | None]:

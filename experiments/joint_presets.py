@@ -16,7 +16,7 @@ class JointPreset:
     """One scale. base: trained by ``preset.teaching`` where the user gives none. child: recipe of a child's training.
 
     budget: children. schedule: of the pool, as a text. inputs, per_input, weights: of the distiller search. fractions:
-    of the base's image size that may be chosen.
+    of the base's image size that may be chosen. fraction: of the training images, for the distiller's candidates.
     """
 
     preset: Preset
@@ -25,10 +25,16 @@ class JointPreset:
     schedule: str | None
     members: int
     inputs: tuple[str, ...]
+    fraction: float
     per_input: int
     weights: int
     steps: Steps
     fractions: tuple[float, ...] = (2 / 3, 5 / 6, 1.0)
+
+    def inputs_of(self, family: str) -> tuple[str, ...]:
+        """The knowledge inputs to search: responses first, which mean the same in any two detectors of a family."""
+        dense = {"logits.roi": "logits.dense", "localization.roi": "localization.dense"}
+        return self.inputs if family == "faster_rcnn" else tuple(dense.get(name, name) for name in self.inputs)
 
     def steps_for(self, base: DetectorSpec) -> Steps:
         """The sizes of steps from a base: its image size times fractions, in multiples of 16 pixels."""
@@ -49,7 +55,8 @@ def smoke(preset: Preset) -> JointPreset:
         budget=4,
         schedule="1*largest > 1*sandwich(1, 0)",
         members=2,
-        inputs=("global",),
+        inputs=("logits.roi",),
+        fraction=0.5,
         per_input=4,
         weights=4,
         steps=Steps(width=4),
@@ -64,7 +71,8 @@ def demo(preset: Preset) -> JointPreset:
         budget=12,
         schedule="2*largest > 2*sandwich(1, 1)",
         members=2,
-        inputs=("global",),
+        inputs=("logits.roi",),
+        fraction=0.5,
         per_input=4,
         weights=4,
         steps=Steps(shrink=(0.5, 0.75)),
@@ -80,7 +88,8 @@ def cpu(preset: Preset) -> JointPreset:
         budget=150,
         schedule="35*sandwich(1, 2)",  # on few images better than shrinking at equal compute
         members=8,
-        inputs=("global", "instance"),
+        inputs=("logits.roi", "localization.roi", "global"),
+        fraction=1.0,
         per_input=8,
         weights=8,
         steps=Steps(),
@@ -95,7 +104,8 @@ def gpu(preset: Preset) -> JointPreset:
         budget=200,
         schedule=None,
         members=40,
-        inputs=("global", "fg_bg", "instance"),
+        inputs=("logits.roi", "localization.roi", "global"),
+        fraction=0.2,
         per_input=40,
         weights=40,
         steps=Steps(width=16),

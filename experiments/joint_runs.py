@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from joint_presets import JointPreset
 
+from autodet.atomic import atomic_write_bytes
 from autodet.detectors import DetectorSpec, load_detector, save_detector
 from autodet.detectors.weights import weights_hash
 from autodet.distill import Formula
@@ -20,6 +22,8 @@ from autodet.joint import Examiner, JointBench, JointTask
 from autodet.joint.archive import remove_strays, remove_unneeded
 from autodet.ledger import Ledger
 from autodet.morphism.actions import actions_text
+from autodet.pareto import Point, front
+from autodet.records import records_from
 from autodet.runtime.tune_search import run_session
 from autodet.search import (
     GRAMMAR,
@@ -34,7 +38,6 @@ from autodet.search import (
     random_phases,
 )
 from autodet.search.joint import COSTS, every_term
-from autodet.search.pareto import Point, front
 from autodet.teachers import Member
 from autodet.teachers.pool import TeacherPool, read_members
 from autodet.training import Task
@@ -88,7 +91,7 @@ def keep_base(task: JointTask, base: Path) -> str:
     path = task.weights_file(hash)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base.read_bytes())
+        atomic_write_bytes(path, base.read_bytes())
     return hash
 
 
@@ -109,13 +112,17 @@ def make_search(
         "pipeline": pipeline_phases(budget),
         "random": random_phases(budget),
     }[options.search]
-    if options.teachers != "searched" and options.search in ("joint", "no-op"):
-        phases = tuple(replace(phase, teachers=options.teachers) for phase in phases)
+    if options.search in ("joint", "no-op"):
+        if not formula.terms:  # who teach by nothing are none
+            phases = tuple(replace(phase, teachers="none") for phase in phases)
+        elif options.teachers != "searched":
+            phases = tuple(replace(phase, teachers=options.teachers) for phase in phases)
     settings = JointSettings(
         phases=phases,
         epochs=task.task.settings.epochs,
         limits=limits(options, examiner.base_ms),
-        aim="cost" if options.latency_target is None else "accuracy",
+        aim="cost" if options.latency_target is None and not options.limit else "accuracy",
+        cost=options.front,
         steps=preset.steps_for(spec),
         most_actions=RANDOM_ACTIONS if options.search == "random" else JointSettings.most_actions,
         formula=options.formula_rate,
@@ -148,13 +155,25 @@ def limits(options: argparse.Namespace, base_ms: float) -> dict[str, float]:
 
 def _ratio(target: str, base_ms: float) -> float:
     """``0.6``, ``60%`` or ``12ms`` → the share of the base's latency."""
+    target = target.strip()
     try:
-        value = float(target.strip().removesuffix("ms").removesuffix("%"))
+        value = float(target.removesuffix("ms").removesuffix("%"))
     except ValueError:
         raise ValueError(f"Expected --latency-target as 0.6, 60% or 12ms, found {target}.") from None
-    if value <= 0:
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(f"--latency-target {target}: expected a number above 0.")
-    return value / base_ms if target.endswith("ms") else value / (100 if target.endswith("%") else 1)
+    if target.endswith("ms"):
+        return value / base_ms
+    share = value / 100 if target.endswith("%") else value
+    if share > 1:
+        raise ValueError(f"--latency-target {target}: expected a share of at most 1, as 0.6 or 60%, or ms, as 12ms.")
+    return share
+
+
+def recorded_base_ms(ledger: Ledger) -> float | None:
+    """What the base took when the search began, so that a target in milliseconds means the same in every sitting."""
+    base = next((record.student for record in records_from(ledger.events()) if record.student is not None), None)
+    return None if base is None else float(base["cost"]["latency_ms"])
 
 
 def run_search(ledger: Ledger, search: JointSearch, task: JointTask, folder: Path, workers: int) -> bool:

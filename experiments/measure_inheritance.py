@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from joint_presets import joint_preset_of
 from options import main_of, positive
+from runs import data_folder
 from upgrading import BASE
 
 from autodet.detectors import Detector, DetectorSpec, build, load_detector, steps_of
@@ -40,8 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     base, _ = load_detector(options.run / BASE)
     recorded = Ledger.open(options.run).config["options"]
-    preset = joint_preset_of(recorded["preset"], recorded["family"])
-    task = Task(recorded["data"], recorded["cache"], base.spec, preset.preset.teaching, fixed_batches=False)
+    preset = joint_preset_of(recorded["preset"], base.spec.family)
+    data = data_folder(argparse.Namespace(data=recorded["data"], cache=recorded["cache"]), preset.preset)
+    task = Task(str(data), recorded["cache"], base.spec, preset.preset.teaching, fixed_batches=False)
+    task = replace(task, device=preset.preset.device)
     aim = (Workbench(task).measure(base).ap or 0.0) - LOST
     print(f"parent {base.spec.body}: the aim is AP {aim:.3f}")
     rows = []

@@ -22,7 +22,7 @@ from autodet.training import Diverged
 
 USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost, MachineError, Diverged)
 INTERRUPTED = 130
-PATHS = ("data", "cache", "teacher", "run", "base", "pool")
+PATHS = ("data", "cache", "teacher", "start", "run", "base", "pool")
 
 
 def common_options(

@@ -90,10 +90,11 @@ class SearchRun:
     found: Formula
 
 
-def save_search(folder: Path, task: Task, found: Best) -> None:
-    """task.json and found.json, from which ``read_search`` rebuilds."""
+def save_search(folder: Path, task: Task, found: Best, control: float | None) -> None:
+    """task.json and found.json, from which ``read_search`` rebuilds. control: mean AP without distillation."""
     atomic_write_json(folder / "task.json", json.loads(task.to_json()))
-    atomic_write_json(folder / "found.json", {"formula": str(found.formula), "ap": found.ap, "runs": found.runs})
+    values = {"formula": str(found.formula), "ap": found.ap, "runs": found.runs, "control": control}
+    atomic_write_json(folder / "found.json", values)
 
 
 def read_search(folder: Path) -> SearchRun:

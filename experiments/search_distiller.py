@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 
 from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded, share
 from pictures import save_student_pictures
@@ -53,8 +54,9 @@ from autodet.search import (
 from autodet.training import Task, Workbench
 
 RECORDED = (
-    *("preset", "family", "teacher_family", "data", "cache", "teacher", "teacher_size", "student", "seed", "inputs"),
-    *("inherit", "normalise", "search", "conquer", "proxy_size", "full_fraction", "students"),
+    *("preset", "family", "teacher_family", "data", "cache", "teacher", "teacher_size", "student", "start", "seed"),
+    *("inputs", "inherit", "normalise", "search", "conquer", "proxy_size", "proxy_epochs", "proxy_rate", "fraction"),
+    *("full_fraction", "students"),
 )
 STARTING_WEIGHT = 10.0  # of a normalised published formula: tuned, they ended between 5 and 50
 EXTENDABLE = ("workers", "budget_per_input", "weights_budget")
@@ -96,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
             found = search.best()
             if found is None:
                 raise ValueError(f"No candidate completed; the causes are in {folder / 'summary.csv'}.")
-            save_search(folder, proxy, found)
+            without = list(search.history.control(options.inherit).values())
+            save_search(folder, proxy, found, fmean(without) if without else None)
             print(f"\nFound: {found.formula}\n  AP {found.ap:.4f} over {found.runs} runs of the proxy")
             if not options.students:
                 print(f"\nReport: {write_report(folder)}")
@@ -125,6 +128,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--inputs", nargs="+", choices=tuple(INPUTS), help="knowledge inputs (default: all that the pair has)")
     add("--student", help="a detector file, or a DetectorSpec's text, whose structure to use (default: the preset's)")
     add("--inherit", action=argparse.BooleanOptionalAction, default=True, help="start neck and head from the teacher's")
+    add("--start", type=Path, help="a detector file that students go on from, in place of fresh weights (--no-inherit)")
+    add("--proxy-epochs", type=positive, help="of a candidate's training (default: the preset's)")
+    add("--proxy-rate", type=float, help="learning rate of a candidate's training (default: the preset's)")
+    add("--fraction", type=share, help="share of the training images for candidates (default: the preset's)")
     add(
         "--normalise",
         action=argparse.BooleanOptionalAction,
@@ -162,8 +169,15 @@ def adjusted(preset: Preset, options: argparse.Namespace) -> Preset:
         search = replace(search, budget_per_input=options.budget_per_input)
     if options.weights_budget is not None:
         search = replace(search, weights_budget=options.weights_budget)
+    proxy = preset.proxy
+    if options.proxy_epochs is not None:
+        proxy, checks = replace(proxy, epochs=options.proxy_epochs), ()
+        preset = replace(preset, checks=checks)
+    if options.proxy_rate is not None:
+        proxy = replace(proxy, lr=options.proxy_rate)
     fraction = preset.full_fraction if options.full_fraction is None else options.full_fraction
-    return replace(preset, search=search, full_fraction=fraction)
+    part = preset.fraction if options.fraction is None else options.fraction
+    return replace(preset, search=search, proxy=proxy, fraction=part, full_fraction=fraction)
 
 
 def full_size_task(preset: Preset, options: argparse.Namespace) -> Task:
@@ -172,7 +186,8 @@ def full_size_task(preset: Preset, options: argparse.Namespace) -> Task:
     return Task(
         data=str(data),
         cache=str(Path(options.cache).resolve()),
-        student=student_spec(options.student, preset).with_labels(checked_labels(data)),
+        student=student_spec(options, preset).with_labels(checked_labels(data)),
+        start=None if options.start is None else str(options.start.resolve()),
         settings=preset.proxy,
         fraction=preset.fraction,
         checks=preset.checks,
@@ -183,8 +198,13 @@ def full_size_task(preset: Preset, options: argparse.Namespace) -> Task:
     )
 
 
-def student_spec(student: str | None, preset: Preset) -> DetectorSpec:
+def student_spec(options: argparse.Namespace, preset: Preset) -> DetectorSpec:
     """The preset's student, or the structure of the user's: a text has blanks or tabs, a path to a file has none."""
+    student: str | None = options.student
+    if options.start is not None:
+        if options.inherit or student is not None:
+            raise ValueError("--start names the student and its weights: give --no-inherit, and no --student.")
+        return load_detector(options.start)[0].spec
     if student is None:
         return preset.student
     return DetectorSpec.parse(student) if len(student.split()) > 1 else load_detector(Path(student))[0].spec

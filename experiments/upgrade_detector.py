@@ -17,12 +17,15 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
 from finishing import finish
 from joint_presets import joint_preset_of
-from joint_runs import SEARCHES, joint_task, keep_base, limits, make_search, run_search
+from joint_runs import SEARCHES, joint_task, keep_base, limits, make_search, recorded_base_ms, run_search
 from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded
+from presets import preset_of
 from runs import checked_labels, data_folder, start_or_resume
 from upgrading import (
+    BASE,
     Stages,
     base_stage,
     formula_stage,
@@ -33,14 +36,16 @@ from upgrading import (
     user_cost,
 )
 
+from autodet.detectors import Detector, load_detector
 from autodet.distill import Formula
 from autodet.joint import Examiner, JointBench
+from autodet.ledger import Ledger
 from autodet.runtime.cluster import check_address, ray_running
-from autodet.search.joint import TEACHERS
+from autodet.search.joint import COSTS, TEACHERS
 
 RECORDED = (
     *("preset", "family", "data", "cache", "base", "base_size", "latency_target", "limit", "pool", "formula"),
-    *("normalise", "search", "teachers", "founders", "inherit", "formula_rate", "epochs", "cost", "seed"),
+    *("normalise", "search", "teachers", "founders", "inherit", "formula_rate", "epochs", "front", "cost", "seed"),
 )
 EXTENDABLE = ("workers", "budget")
 
@@ -50,11 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     folder = options.resume or new_folder(options.output, "upgrade-detector")
     check_address(options.address)
-    preset = joint_preset_of(options.preset, options.family)
-    data = data_folder(options, preset.preset)
-    labels = checked_labels(data)
-    given, milliseconds = given_base(options, labels), None if options.cost is None else user_cost(options.cost)
     check(options)
+    data = data_folder(options, preset_of(options.preset, options.family))
+    labels = checked_labels(data)
+    given = None if (folder / BASE).exists() else given_base(options, labels)
+    preset = joint_preset_of(options.preset, family_of(folder, given, options.family))
+    milliseconds = None if options.cost is None else user_cost(options.cost)
     config = {
         "script": "upgrade_detector",
         "options": recorded(options, (*RECORDED, *EXTENDABLE)),
@@ -70,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             formula = Formula(()) if pool is None else formula_stage(options, preset, base, pool, data, folder, stages)
             task = joint_task(options, preset, data, base, pool, folder)
             with stages.timed("search"):
-                examiner = Examiner(JointBench(task), keep_base(task, base), milliseconds)
+                base_ms = recorded_base_ms(ledger)
+                examiner = Examiner(JointBench(task), keep_base(task, base), milliseconds, base_ms)
                 search = make_search(options, preset, task, examiner, formula, pool)
                 finished = run_search(ledger, search, task, folder, workers)
             if not finished:
@@ -108,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teachers", choices=TEACHERS, default="searched", help="of the joint search's children, or a control")
     add(
         "--founders",
-        type=int,
+        type=count,
         default=0,
         help="members of the pool that children may descend from as well as from the base (default: 0)",
     )
@@ -119,16 +126,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="children start from their parents' weights; without, as a control, from fresh ones",
     )
     add("--formula-rate", type=float, default=0.0, help="how often a child changes the formula as well (default: 0)")
+    add("--front", choices=COSTS, default="latency_ratio", help="the cost of the front (default: latency_ratio)")
     add("--cost", metavar="FILE.py:FUNCTION", help="your own measurement: a torchvision model → milliseconds")
-    return parsed(parser, argv, "upgrade_detector", RECORDED, EXTENDABLE)
+    options = parsed(parser, argv, "upgrade_detector", RECORDED, EXTENDABLE)
+    if options.cost is not None:
+        options.cost = str(Path(options.cost).resolve())  # a file and a function's name, wherever it is resumed from
+    return options
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0, as an option's type."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text}")
+    return value
+
+
+def family_of(folder: Path, given: Detector | None, named: str) -> str:
+    """The base's family, whose recipes are used: of the run's own base, of a given one, or of one to be trained."""
+    if (folder / BASE).exists():
+        return load_detector(folder / BASE)[0].spec.family
+    return named if given is None else given.spec.family
 
 
 def check(options: argparse.Namespace) -> None:
-    """Find mistakes that would show hours later."""
+    """Find mistakes that would show hours later; a formula's text is recorded in place of where it was found."""
     limits(options, base_ms=1.0)
-    given_formula(options)
-    if options.teachers == "none" and options.search in ("pipeline", "random"):
+    formula = given_formula(options)
+    options.formula = None if formula is None else str(formula)
+    if options.preset == "gpu" and not torch.cuda.is_available():
+        raise ValueError("--preset gpu needs a GPU on this machine as well, where detectors are timed.")
+    if options.teachers != "searched" and options.search in ("pipeline", "random"):
         raise ValueError(f"--search {options.search} has teachers of its own: leave --teachers out.")
+    if options.teachers == "none" and (options.pool or options.founders or options.formula or options.formula_rate):
+        raise ValueError("--teachers none needs no --pool, --founders, --formula or --formula-rate: leave them out.")
+    if options.search == "pipeline" and options.resume is not None:
+        before = Ledger.open(options.resume).config["options"]["budget"]
+        if options.budget != before:
+            raise ValueError(f"--budget {options.budget}: a pipeline's phases cannot be extended from {before}.")
+    if options.search == "pipeline" and options.budget is not None and options.budget < 3:
+        raise ValueError(f"--budget {options.budget}: a pipeline has three phases, of a child each at least.")
     if not 0 <= options.formula_rate <= 1:
         raise ValueError(f"--formula-rate {options.formula_rate}: expected a share from 0 to 1.")
 

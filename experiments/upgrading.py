@@ -16,6 +16,7 @@ from random import Random
 from typing import cast
 
 import search_distiller
+import torch
 import train_teacher_pool
 from joint_presets import JointPreset
 from pool_presets import pool_preset_of
@@ -32,6 +33,7 @@ from autodet.training import Task, train_plain
 
 BASE = "base.safetensors"
 STAGES = "stages.json"
+LONGEST_NAME = 200  # characters; a formula may have more than a file's name can
 Labels = Sequence[tuple[int, str]]
 
 
@@ -59,7 +61,8 @@ def given_base(options: argparse.Namespace, labels: Labels) -> Detector | None:
     if options.base is None:
         return None
     detector = load_any_detector(options.base, labels, options.base_size)
-    if detector.spec.labels != tuple(labels):
+    missing = [label for label in labels if label[0] not in detector.spec.label_map]  # COCO's 90 ids hold its 80
+    if missing:
         raise ValueError(
             f"--base {options.base} knows the labels {list(detector.spec.labels)[:5]}, the data has "
             f"{list(labels)[:5]}. Fine-tune it on these first: train_detector.py, or your own training."
@@ -96,6 +99,8 @@ def base_stage(
     )
     with stages.timed("base"):
         os.replace(train_plain(task, folder / "base", say_epoch("base")), path)
+        if task.device == "cuda":
+            torch.cuda.empty_cache()  # of which pool and trials need a share
     return path
 
 
@@ -132,7 +137,7 @@ def pool_stage(
     if not (run / "pool" / MEMBERS).exists():
         with stages.timed("pool of teachers"):
             arguments = pool_arguments(options, preset, base, data, run)
-            _checked(train_teacher_pool.main(arguments), "train_teacher_pool")
+            _checked(train_teacher_pool.main(arguments), folder)
     return (run / "pool").resolve()
 
 
@@ -142,7 +147,7 @@ def pool_arguments(options: argparse.Namespace, preset: JointPreset, base: Path,
     if is_run(run):
         return ["--resume", str(run), "--address", options.address, *workers]
     spec = load_detector(base)[0].spec
-    pool = pool_preset_of(options.preset, options.family)
+    pool = pool_preset_of(options.preset, spec.family)
     space = replace(pool.space, sizes=(spec.min_size,))
     found = ["--preset", options.preset, "--family", spec.family, "--data", str(data), "--cache", str(options.cache)]
     found += ["--seed", str(options.seed), "--output", str(run), "--address", options.address, *workers]
@@ -159,31 +164,46 @@ def formula_stage(
     folder: Path,
     stages: Stages,
 ) -> Formula:
-    """The given formula, or one searched here with the pool's largest member as the teacher."""
+    """The given formula, or one searched here for students that go on from the base, as the search's children do.
+
+    The teacher is the pool's largest member. No formula at all where none was better than going on without a teacher.
+    """
     if (given := given_formula(options)) is not None:
         return given
     run = folder / "distiller"
     if not (run / "found.json").exists():
         with stages.timed("distillation formula"):
             spec = load_detector(base)[0].spec
+            workers = [] if options.workers is None else ["--workers", str(options.workers)]
             arguments = ["--resume", str(run), "--address", options.address]
             if not is_run(run):
                 arguments = ["--preset", options.preset, "--family", spec.family, "--data", str(data)]
                 arguments += ["--cache", str(options.cache), "--seed", str(options.seed), "--output", str(run)]
-                arguments += ["--address", options.address, "--teacher", str(pool), "--student", str(spec)]
-                arguments += ["--inputs", *preset.inputs, "--budget-per-input", str(preset.per_input)]
+                arguments += ["--address", options.address, "--teacher", str(pool), "--start", str(base)]
+                arguments += ["--no-inherit", "--proxy-epochs", str(preset.child.epochs)]
+                arguments += ["--proxy-rate", str(preset.child.lr), "--fraction", str(preset.fraction)]
+                arguments += ["--inputs", *preset.inputs_of(spec.family), "--budget-per-input", str(preset.per_input)]
                 arguments += ["--weights-budget", str(preset.weights), "--no-students"]
                 arguments += ["--normalise" if options.normalise else "--no-normalise"]
-            _checked(search_distiller.main(arguments), "search_distiller")
-    return read_search(run).found
+            _checked(search_distiller.main([*arguments, *workers]), folder)
+    found = json.loads((run / "found.json").read_text())
+    if found["control"] is not None and found["ap"] <= found["control"]:
+        logging.info(
+            "No formula was better than going on without a teacher (AP %.3f, best formula %.3f): children get none.",
+            *(found["control"], found["ap"]),
+        )
+        return Formula(())
+    return Formula.parse(found["formula"])
 
 
 def given_formula(options: argparse.Namespace) -> Formula | None:
     """The user's formula: a text, a file with one, or what a run of search_distiller.py found."""
     if options.formula is None:
         return None
-    named = Path(options.formula)
-    return read_search(named).found if named.is_dir() else Formula.parse(_text(named, options.formula))
+    named = Path(options.formula) if len(options.formula) < LONGEST_NAME else None
+    if named is None or not named.exists():
+        return Formula.parse(options.formula)
+    return read_search(named).found if named.is_dir() else Formula.parse(named.read_text().strip())
 
 
 def user_cost(named: str) -> UserCost:
@@ -204,10 +224,6 @@ def _pool_folder(named: Path) -> Path:
     return named / "pool" if (named / "pool" / MANIFEST).exists() else named
 
 
-def _text(path: Path, text: str) -> str:
-    return path.read_text().strip() if len(text) < 200 and path.is_file() else text
-
-
-def _checked(code: int, script: str) -> None:
+def _checked(code: int, folder: Path) -> None:
     if code:
-        raise KeyboardInterrupt(f"{script} stopped")  # it has said why, and goes on with this run's --resume
+        raise KeyboardInterrupt(f"go on with --resume {folder}")

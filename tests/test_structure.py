@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "autodet"
 # Each room may import those before it; results reads ledgers, records, and detectors' texts alone.
 ROOMS = (
     "atomic",
+    "pareto",
     "records",
     "lease",
     "event_files",
@@ -29,7 +30,7 @@ ROOMS = (
     "joint",
     "runtime",
 )
-RESULTS_READS = {"atomic", "records", "lease", "event_files", "ledger", "detectors", "results"}
+RESULTS_READS = {"pareto", "atomic", "records", "lease", "event_files", "ledger", "detectors", "results"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

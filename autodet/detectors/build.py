@@ -74,7 +74,7 @@ def is_detector_file(path: Path | str) -> bool:
     return "spec" in (metadata_of(path) or {})
 
 
-def load_detector(path: Path) -> tuple[Detector, dict[str, Any]]:
+def load_detector(path: Path | str) -> tuple[Detector, dict[str, Any]]:
     """The detector in evaluation mode and its notes; a clear error names the file where it is none of ours."""
     state, metadata = load_weights(path)
     if "spec" not in metadata:

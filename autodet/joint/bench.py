@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -32,6 +32,7 @@ from autodet.training.task import OnEpoch
 
 Fetch = Callable[[str, Path], Take]  # a hash and the file that has it → copies of its tensors
 TEACHERS_AT_HAND = 4
+LOCKS = Path("/tmp")  # of every process of a machine, whatever its own folder for temporary files is
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class JointTask:
 
     def locks(self) -> Quiet | None:
         """The run's locks on this machine."""
-        return None if self.quiet is None else Quiet(Path(tempfile.gettempdir()) / f"autodet-quiet-{self.quiet}")
+        return None if self.quiet is None else Quiet(LOCKS / f"autodet-quiet-{self.quiet}")
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -100,7 +101,8 @@ class JointBench:
         bench = self.bench(student.spec)
         if student.parent is None:
             return self._measured(student, bench)
-        child = self.child(candidate)
+        with self._pace() if self._pace is not None else nullcontext():
+            child = self.child(candidate)
         loader = bench.train_loader.dealt(student.draw)  # every child sees other batches than its parent did
         if candidate.inherit and not are_exact(student.actions):
             measure_statistics(child, loader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from random import Random
@@ -28,24 +29,32 @@ class Examiner:
     trained on: decoding and resizing the file are left out. milliseconds: a user's own measurement in place of timing.
     """
 
-    def __init__(self, bench: JointBench, base: str, milliseconds: UserCost | None = None) -> None:
-        """base: hash of the base's weights."""
+    def __init__(
+        self, bench: JointBench, base: str, milliseconds: UserCost | None = None, base_ms: float | None = None
+    ) -> None:
+        """base: hash of the base's weights. base_ms: what the base took when the search began, None to time it now.
+
+        ValueError where the user's measurement of the base is no positive number.
+        """
         self.base, self._bench, self._milliseconds = base, bench, milliseconds
         self._base, _ = load_detector(bench.task.weights_file(base))
         self._base.model.to(bench.task.task.device)
         self._quiet = bench.task.locks()
-        self.base_ms = self._base_milliseconds()
+        self.base_ms = base_ms or self._base_milliseconds()
 
     def __call__(self, weights: str, actions: Sequence[Action], draw: int) -> Examined | str:
-        """See ``Examine``. A parent whose file is gone raises WeightsError."""
+        """See ``Examine``. A parent whose file is gone raises WeightsError; other failures refuse the child."""
         spec, state = self._bench.parent(weights)
         try:
             spec, state = derive(actions, spec, state, Random(draw))
             child = build(spec)
+            child.model.load_state_dict(state)
+            return Examined(spec, self.cost(child))
         except (MorphError, SpecError, ArchError) as error:
             return str(error)
-        child.model.load_state_dict(state)
-        return Examined(spec, self.cost(child))
+        # The user's own function, or a GPU without room: the same child would end every resumed run again.
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
     def cost(self, detector: Detector) -> RelativeCost:
         """What a detector costs, beside the base."""
@@ -54,7 +63,7 @@ class Examiner:
         images = self._bench.image(detector.spec)
         macs, params = count_macs(lambda: detect(detector, images)), count_params(detector.model)
         if self._milliseconds is not None:
-            milliseconds = self._milliseconds(detector.model)
+            milliseconds = _checked(self._milliseconds(detector.model))
             return RelativeCost(milliseconds / self.base_ms, 0.0, milliseconds, macs, params)
         base_images = self._bench.image(self._base.spec)
         with self._alone():
@@ -76,10 +85,16 @@ class Examiner:
 
     def _base_milliseconds(self) -> float:
         if self._milliseconds is not None:
-            return self._milliseconds(self._base.model)
+            return _checked(self._milliseconds(self._base.model))
         task, images = self._bench.task.task, self._bench.image(self._base.spec)
         with self._alone():
             return measure_latency(lambda: detect(self._base, images), task.device, threads=task.threads).median_ms
 
     def _alone(self) -> AbstractContextManager[object]:
         return nullcontext() if self._quiet is None else self._quiet.alone()
+
+
+def _checked(milliseconds: float) -> float:
+    if not (math.isfinite(milliseconds) and milliseconds > 0):
+        raise ValueError(f"the measurement gave {milliseconds} ms, expected a number above 0")
+    return float(milliseconds)

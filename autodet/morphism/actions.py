@@ -222,19 +222,8 @@ ACTIONS: dict[str, Kind] = {
     "keep_proposals": Kind(settings.keep_proposals, ("count",), _proposals, exact=True),
 }
 ALL = tuple(ACTIONS)
-SETTINGS = ("resize", "keep_proposals")  # what any user could set on the base without searching
 PRUNING = ("remove_block", "prune_inner", "prune_stage", "prune_neck", "prune_head", "remove_head_layer")
-STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", *SETTINGS)
-
-
-def settings_of(spec: DetectorSpec, base: DetectorSpec) -> tuple[Action, ...]:
-    """The actions that give the base another detector's settings."""
-    found: list[Action] = []
-    if spec.min_size != base.min_size:
-        found.append(Action("resize", (spec.min_size,)))
-    if spec.two_stage and spec.proposals[1] != base.proposals[1]:
-        found.append(Action("keep_proposals", (spec.proposals[1],)))
-    return tuple(found)
+STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", "resize", "keep_proposals")
 
 
 def known_actions(names: Iterable[str]) -> tuple[str, ...]:

@@ -11,6 +11,10 @@ from autodet.detectors import DetectorSpec
 from autodet.detectors.channels import BODY
 from autodet.morphism.morph import Morph, MorphError, Weights
 
+SETTINGS = (
+    *("min_size", "max_size", "anchor_sizes", "proposals", "proposals_before_nms"),
+    *("candidates", "score_threshold", "nms_threshold", "detections"),
+)
 EPS = 1e-5  # of a batch norm that learns: without any, a channel that is constant in a batch divides by zero
 
 
@@ -32,6 +36,13 @@ def keep_proposals(spec: DetectorSpec, weights: Weights, rng: random.Random, cou
     if count == spec.proposals[1] or count < 1:
         raise MorphError(f"Expected another number than {spec.proposals[1]} and at least 1, found {count}.")
     return Morph(spec, replace(spec, proposals=(spec.proposals[0], count), proposals_before_nms=(before, count)))
+
+
+def with_settings_of(spec: DetectorSpec, other: DetectorSpec) -> DetectorSpec:
+    """A detector with all of another's settings that change no weights; of another family's the image size alone."""
+    if (spec.family, spec.levels) != (other.family, other.levels):
+        return spec if spec.min_size == other.min_size else spec.at_size(other.min_size)
+    return replace(spec, **{name: getattr(other, name) for name in SETTINGS})
 
 
 def thaw_norms(spec: DetectorSpec, weights: Weights, rng: random.Random) -> Morph:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from autodet import pareto
 from autodet.detectors import DetectorSpec
+from autodet.pareto import Point
 from autodet.records import Record
 from autodet.results.frame import REAL, TEXT, WHOLE
 
@@ -87,13 +89,9 @@ def front(records: Iterable[Record], cost: str = COST) -> list[Record]:
 
     Of equal ones the first asked stays, as in the search.
     """
-    found: list[Record] = []
-    best = float("-inf")
-    for _, ap, record in sorted(evaluated(records, cost), key=lambda point: (point[0], -point[1], point[2].id)):
-        if ap > best:
-            found.append(record)
-            best = ap
-    return found
+    known = {record.id: record for _, _, record in evaluated(records, cost)}
+    points = (Point(record.id, value, ap) for value, ap, record in evaluated(records, cost))
+    return [known[point.id] for point in pareto.front(points)]
 
 
 def lineage(records: Iterable[Record], id: int) -> list[Record]:
@@ -150,19 +148,6 @@ def _architecture(spec: DetectorSpec) -> dict[str, Any]:
     return row | {"head_depth": spec.head_depth}
 
 
-def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The area that points (cost, AP) dominate up to a reference of higher cost and lower AP (Zitzler & Thiele 1999).
-
-    In units of cost times AP; points beyond the reference add nothing.
-    """
-    area, below = 0.0, reference[1]
-    for cost, ap in sorted(points, key=lambda point: (point[0], -point[1])):
-        if cost < reference[0] and ap > below:
-            area += (reference[0] - cost) * (ap - below)
-            below = ap
-    return area
-
-
 def hypervolume_progress(records: Sequence[Record], cost: str = COST) -> pd.DataFrame:
     """The front's growth: one row a candidate that has ended, in the order in which they ended; empty without a base.
 
@@ -175,8 +160,8 @@ def hypervolume_progress(records: Sequence[Record], cost: str = COST) -> pd.Data
     if worst is None:
         return pd.DataFrame(columns=columns)
     ended = sorted((r for r in records if r.told_at is not None), key=lambda r: (r.told_at or 0.0, r.id))
-    rows, points = [], list[tuple[float, float]]()
+    rows, points = [], list[Point]()
     for count, record in enumerate(ended, 1):
-        points += [(value, ap) for value, ap, _ in evaluated([record], cost)]
-        rows.append((count, record.id, record.status, hypervolume(points, (worst * MARGIN, 0.0))))
+        points += [Point(record.id, value, ap) for value, ap, _ in evaluated([record], cost)]
+        rows.append((count, record.id, record.status, pareto.hypervolume(points, (worst * MARGIN, 0.0))))
     return pd.DataFrame(rows, columns=columns)

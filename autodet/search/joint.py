@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal, NamedTuple, Protocol
 
 from autodet.detectors import DetectorSpec
 from autodet.distill.formula import Formula
 from autodet.morphism.actions import ALL, PRUNING, STRUCTURE, Action, Steps, actions_text, draw_action, known_actions
+from autodet.pareto import Point, crowding, front
 from autodet.records import RelativeCost
 from autodet.search.candidate import EMPTY, FINISHED, WAIT, Answer, Ask, Candidate, Status, Student, rng_for
 from autodet.search.evolution import Space
-from autodet.search.pareto import Point, crowding, front
 from autodet.teachers import Member, PoolSpace
 
 TEACHERS = ("searched", "random", "largest", "none")
 COSTS = ("latency_ratio", "macs_g", "params_m")
 ATTEMPTS = 8  # proposals that are turned down before the parent is trained on as it is
 SLACK = 0.03  # of AP, that a parent may lack of the base's where the aim is a cheaper detector as accurate as the base
+RANDOM_TIMES = 5  # as many attempts where all children are the base's, most of which are beyond a strict limit
 CHEAPER = 0.98  # of its parent's cost, which a child beyond a limit must be below
 BASE, FOUNDERS = "base", "founders"  # the phases of ask 0, and of other students without parents
 
@@ -111,11 +112,11 @@ def joint_phases(budget: int, actions: Sequence[str] = ALL) -> tuple[Phase, ...]
 
 def pipeline_phases(budget: int) -> tuple[Phase, ...]:
     """The control: architecture, then pruning, then distillation of the best one; a third of the budget each."""
-    part = max(1, budget // 3)
+    part = budget // 3
     return (
         Phase("nas", part, STRUCTURE, "none"),
         Phase("prune", part, PRUNING, "none"),
-        Phase("distil", max(1, budget - 2 * part), (), "largest", "best"),
+        Phase("distil", budget - 2 * part, (), "largest", "best"),
     )
 
 
@@ -251,10 +252,12 @@ class JointSearch:
             examined = self._examine(weights, actions, draw) if actions else Examined(before.spec, before.cost)
             if isinstance(examined, str):
                 reason: str | None = examined
-            elif (reason := self._refused(examined.cost, before.cost, actions)) is None:
+            elif (reason := self._refused(examined.cost, before.cost, actions, phase)) is None:
                 epochs = self.settings.epochs + (before.epochs if self.settings.inherit else 0)
                 student = Student(examined.spec, actions, parent, weights, teacher, draw, examined.cost, epochs)
                 taught = EMPTY if teacher is None else self._comparable(formula, examined.spec, teacher)
+                if not taught.terms:
+                    student = replace(student, teacher=None)
                 candidate = Candidate(taught, self.settings.inherit, 0, student)
                 candidate = Candidate(taught, self.settings.inherit, self._arms.get(candidate.arm, 0), student)
                 asked = (number, candidate, phase.name, phase.name, self._generation(parent), (parent,), "child")
@@ -267,7 +270,8 @@ class JointSearch:
     ) -> Iterator[tuple[int, tuple[Action, ...], Member | None, Formula, int]]:
         """Children in the order in which they should be tried; at last a parent that is only trained on."""
         rng = rng_for(self._seed, number, phase.name)
-        for attempt in range(ATTEMPTS + 1):
+        attempts = ATTEMPTS * (RANDOM_TIMES if phase.parents == "base" else 1)
+        for attempt in range(attempts + 1):
             parent = self._parent(phase, rng)
             change = rng.random()
             only_teacher = self.settings.student <= change < self.settings.student + self.settings.teacher
@@ -275,7 +279,7 @@ class JointSearch:
             # Beyond the limits training alone leads nowhere, and without a choice of teachers nothing else can change.
             stays = only_teacher and phase.teachers == "searched" and self._within(self.student(parent).cost)
             actions: tuple[Action, ...] = ()
-            if phase.actions and attempt < ATTEMPTS and not stays:
+            if phase.actions and attempt < attempts and not stays:
                 actions = self._actions(parent, phase, rng)
             teacher = self._teacher(parent, phase, changes_teacher, rng)
             yield parent, actions, teacher, self._taught(parent, rng), rng.getrandbits(31)
@@ -324,11 +328,14 @@ class JointSearch:
         formula = before if before.terms else self._formula
         return self._formulas.mutate(formula, rng).canonical() if rng.random() < self.settings.formula else formula
 
-    def _refused(self, cost: RelativeCost, parent: RelativeCost, actions: Sequence[Action]) -> str | None:
-        """Why a child is too expensive: beyond a limit, and not on the way to it either."""
+    def _refused(self, cost: RelativeCost, parent: RelativeCost, actions: Sequence[Action], phase: Phase) -> str | None:
+        """Why a child is too expensive: beyond a limit, and not on the way to it either.
+
+        Where all are children of the base, nothing is on its way.
+        """
         for name, limit in self.settings.limits.items():
             now, before = getattr(cost, name), getattr(parent, name)
-            if now > limit and actions and now > CHEAPER * before:
+            if now > limit and actions and (phase.parents == "base" or now > CHEAPER * before):
                 return f"{name} {now:.3g} is above {limit:.3g}, and not below its parent's {before:.3g}"
         return None
 

@@ -26,7 +26,7 @@ from autodet.detectors import (
     save_detector,
     steps_of,
 )
-from autodet.detectors.weights import weights_hash
+from autodet.detectors.weights import load_strict, load_weights, weights_hash
 from autodet.distill.distiller import Distiller
 from autodet.distill.formula import Formula
 from autodet.distill.inherit import inherit_neck_and_head
@@ -46,10 +46,11 @@ SUBSET_SEED = 0  # the proxy's images and batches are the same for every candida
 class Task:
     """All that a worker needs to train and judge students. Paths must be readable on every machine of the run.
 
-    teacher: a detector file, or None. fraction: of the training images. split: on which AP is measured, after the
-    last epoch and those in ``checks``. fixed_batches: batches recur (see BatchPlan), so that the teacher's outputs are
-    kept on disk; arms without a teacher see the same batches. normalise: weigh terms against their own scale (see
-    Distiller). weights: where students are kept, None to drop them.
+    teacher: a detector file, or None. start: a detector file of the student's spec whose weights students start from,
+    None for fresh ones. fraction: of the training images. split: on which AP is measured, after the last epoch and
+    those in ``checks``. fixed_batches: batches recur (see BatchPlan), so that the teacher's outputs are kept on disk;
+    arms without a teacher see the same batches. normalise: weigh terms against their own scale (see Distiller).
+    weights: where students are kept, None to drop them.
     """
 
     data: str
@@ -57,6 +58,7 @@ class Task:
     student: DetectorSpec
     settings: TrainSettings
     teacher: str | None = None
+    start: str | None = None
     fraction: float = 1.0
     split: Literal["val", "test"] = "val"
     checks: tuple[int, ...] = ()
@@ -119,9 +121,12 @@ class Workbench:
             self.teacher = Teacher(detector, comparable_inputs(task.student, detector.spec), folder, content)
 
     def student(self, seed: int, inherit: bool) -> tuple[Detector, str | None]:
-        """A fresh student from a seed, and what it inherited, if it should."""
+        """A student from a seed or from the task's start, and what it inherited from the teacher, if it should."""
         torch.manual_seed(seed)
         student = build(self.task.student)
+        if self.task.start is not None:
+            state, _ = load_weights(self.task.start)
+            load_strict(student.model, state, self.task.start)
         if not inherit:
             return student, None
         if self.teacher is None:

@@ -35,11 +35,29 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--cache", str(tmp_path_factory.mktemp("cache"))]
 
 
+def stop_after(count: int, number: signal.Signals, folder: Path, arguments: list[str]) -> int:
+    """Start the search in a process of its own, send it a signal once ``count`` candidates were told; its exit code."""
+    command = [sys.executable, str(SCRIPTS / "search_distiller.py"), *arguments]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while len(list((folder / "events").glob("*-told-*"))) < count and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    return process.wait()
+
+
 @pytest.fixture(scope="session")
 def search_run(ray_cluster: None, cache: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of search_distiller.py."""
+    """A finished run of search_distiller.py, stopped by SIGTERM on its way. (An upgrade's driver is killed -9.)"""
     folder = tmp_path_factory.mktemp("runs") / "search"
-    assert search_distiller.main([*SMOKE, *cache, "--output", str(folder)]) == 0
+    assert stop_after(3, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
+    assert not (folder / "lease.json").exists()
+    before = Ledger.open(folder).events()
+    assert search_distiller.main(["--resume", str(folder)]) == 0
+    events = Ledger.open(folder).events()
+    assert events[: len(before)] == before
+    assert told(events) == list(range(len(asks_of(folder))))
     return folder
 
 
@@ -137,32 +155,12 @@ def test_a_plain_training_and_its_file_as_a_teacher(
     assert train_detector.main(["--resume", str(output)]) == 0
 
 
-def stop_after(count: int, number: signal.Signals, folder: Path, arguments: list[str]) -> int:
-    """Start the search in a process of its own, send it a signal once ``count`` candidates were told; its exit code."""
-    command = [sys.executable, str(SCRIPTS / "search_distiller.py"), *arguments]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while len(list((folder / "events").glob("*-told-*"))) < count and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, number)
-    return process.wait()
-
-
-def test_a_stopped_driver_resumes_to_the_same_asks(search_run: Path, cache: list[str], tmp_path: Path) -> None:
-    """SIGTERM in the middle of the search, whose Ray ends with it. (An upgrade's driver is killed in its own test.)"""
-    folder = tmp_path / "killed"
-    resume = ["--resume", str(folder)]
-    assert stop_after(3, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
-    assert not (folder / "lease.json").exists()
-    before = Ledger.open(folder).events()
-    assert search_distiller.main(resume) == 0
+def test_a_finished_search_is_extended(search_run: Path, tmp_path: Path) -> None:
+    """What was asked stands, and the students follow what is found then."""
+    folder = tmp_path / "extended"
+    shutil.copytree(search_run, folder)
     events = Ledger.open(folder).events()
-    assert events[: len(before)] == before
-    assert told(events) == list(range(len(asks_of(folder))))
-    assert asks_of(folder) == asks_of(search_run)
-    # Finished, it is extended: what was asked stands, and the students follow what is found then.
-    assert search_distiller.main([*resume, "--weights-budget", "8"]) == 0
+    assert search_distiller.main(["--resume", str(folder), "--weights-budget", "8"]) == 0
     extended = read_run(folder)
     assert Ledger.open(folder).events()[: len(events)] == events
     inputs = extended.loc[extended["phase"] == "formula", "group"].nunique()

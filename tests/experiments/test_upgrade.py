@@ -167,8 +167,15 @@ def test_report_table_and_onnx_are_there(upgraded: Path, capsys: pytest.CaptureF
         (["--cost", "nowhere.py:ms"], "nowhere.py"),
         (["--search", "pipeline", "--teachers", "none"], "teachers of its own"),
         (["--formula-rate", "3"], "from 0 to 1"),
+        (["--formula", "global: l2 * nonsense; " + "global: l2; " * 40], "nonsense"),
+        (["--latency-target", "60"], "at most 1"),
+        (["--latency-target", "nan"], "above 0"),
+        (["--search", "random", "--teachers", "largest"], "teachers of its own"),
+        (["--teachers", "none"], "leave them out"),
+        (["--search", "pipeline", "--budget", "2"], "three phases"),
+        (["--preset", "gpu"], "needs a GPU"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_found_before_anything_is_trained(
     arguments: list[str],
@@ -179,6 +186,7 @@ def test_a_mistake_is_found_before_anything_is_trained(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = given(tmp_path, tiny_spec)
     other = tiny_spec.with_labels([(index, f"class {index}") for index in range(1, 6)])
     save_detector(tmp_path / "other.safetensors", stirred(other))

@@ -152,6 +152,28 @@ def test_a_users_own_measurement_replaces_the_timing(task: JointTask, base: Dete
     assert found.cost.latency_ratio == pytest.approx(found.cost.params_m / examiner.base_cost().params_m)
 
 
+@pytest.mark.parametrize("result", [float("nan"), 0.0, -1.0, RuntimeError("out of memory")])
+def test_a_child_that_cannot_be_measured_is_refused_and_a_base_ends_it(
+    task: JointTask, base: Detector, result: float | Exception
+) -> None:
+    """Raised, it would end the run, and every resumed one at the same child."""
+
+    def milliseconds(model: torch.nn.Module) -> float:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    examiner = Examiner(JointBench(task), hash_of(base), milliseconds, base_ms=5.0)
+    refused = examiner(hash_of(base), parse_actions(PRUNED), 7)
+    assert isinstance(refused, str) and ("above 0" in refused or "out of memory" in refused)
+    with pytest.raises((ValueError, RuntimeError)):
+        Examiner(JointBench(task), hash_of(base), milliseconds)
+
+
+def test_a_targets_milliseconds_are_those_of_the_searchs_beginning(task: JointTask, base: Detector) -> None:
+    assert Examiner(JointBench(task), hash_of(base), base_ms=123.0).base_ms == 123.0
+
+
 def test_only_needed_weights_stay_on_the_disk(task: JointTask, base: Detector, tmp_path: Path) -> None:
     def examine(weights: str, actions: Sequence[Action], draw: int) -> Examined:
         return Examined(base.spec, COST)

@@ -22,9 +22,9 @@ from autodet.morphism.actions import (
     derive,
     draw_action,
     parse_actions,
-    settings_of,
 )
 from autodet.morphism.morph import MorphError
+from autodet.morphism.settings import with_settings_of
 
 STEPS = Steps(width=4, sizes=(48, 64), proposals=(5, 10), blocks=3)
 BODY = Arch.parse("basic-16:16x2-16x2(12)-24x2-24x1")
@@ -103,10 +103,17 @@ def test_only_what_leaves_features_alone_is_exact() -> None:
 
 def test_settings_are_those_that_a_user_could_set() -> None:
     base = parent_of("faster_rcnn").spec
-    actions = parse_actions("prune_neck(width=12) > resize(pixels=48) > keep_proposals(count=5)")
-    spec, _ = derive(actions, base, stirred(base).model.state_dict(), random.Random(0))
-    assert settings_of(spec, base) == actions[1:]
-    assert settings_of(base, base) == ()
+    actions = parse_actions("prune_neck(width=12) > resize(pixels=48) > keep_proposals(count=5) > resize(pixels=64)")
+    weights = stirred(base).model.state_dict()
+    spec, _ = derive(actions, base, weights, random.Random(0))
+    again = with_settings_of(base, spec)
+    assert again.neck_width == base.neck_width and again.body == base.body
+    for name in ("min_size", "max_size", "anchor_sizes", "proposals", "proposals_before_nms"):
+        assert getattr(again, name) == getattr(spec, name)
+    build(again).model.load_state_dict(weights)
+    other = replace(parent_of("fcos").spec, min_size=48)
+    assert with_settings_of(base, other) == base.at_size(48)
+    assert with_settings_of(base, base) == base
 
 
 @pytest.mark.parametrize(

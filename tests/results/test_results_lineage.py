@@ -11,7 +11,6 @@ from autodet.results.lineage import (
     base_of,
     cost_of,
     front,
-    hypervolume,
     hypervolume_progress,
     joint_frame,
     lineage,
@@ -48,14 +47,6 @@ def test_front_equals_brute_force(seed: int, cost: str) -> None:
     found = front(records, cost)
     assert sorted(record.id for record in found) == sorted(expected)
     assert [cost_of(r, cost) for r in found] == sorted(cost_of(r, cost) or 0.0 for r in found)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_hypervolume_equals_counted_cells(seed: int) -> None:
-    dice = random.Random(seed)
-    points = [(dice.randrange(12), dice.randrange(12)) for _ in range(8)]
-    cells = sum(any(x >= cost and y < ap for cost, ap in points) for x in range(10) for y in range(2, 12))
-    assert hypervolume(points, (10, 2)) == pytest.approx(cells)
 
 
 def test_hypervolume_grows_with_the_front_and_counts_all_that_ended() -> None:

@@ -14,6 +14,7 @@ from autodet.detectors import Arch, DetectorSpec
 from autodet.distill.formula import Formula
 from autodet.morphism.actions import Action, Steps, actions_text
 from autodet.morphism.morph import MorphError
+from autodet.pareto import front
 from autodet.records import RelativeCost
 from autodet.search import (
     FINISHED,
@@ -30,7 +31,6 @@ from autodet.search import (
     random_phases,
     rng_for,
 )
-from autodet.search.pareto import front
 from autodet.teachers import Member, PoolSpace
 
 BASE = replace(small_spec("faster_rcnn"), body=Arch.parse("basic-32:32x2-32x2-48x2-64x2"))

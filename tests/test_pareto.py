@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from autodet.search.pareto import Point, crowding, front, hypervolume
+from autodet.pareto import Point, crowding, front, hypervolume
 
 
 def points_of(seed: int, count: int = 40) -> list[Point]:

@@ -63,8 +63,12 @@ def joint_task(
         device=preset.preset.device,
         threads=preset.preset.threads,
     )
-    quiet = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    return JointTask(task, None if pool is None else str(pool), quiet=quiet)
+    return JointTask(task, None if pool is None else str(pool), quiet=locks_name(folder))
+
+
+def locks_name(folder: Path) -> str:
+    """What a run's locks are named by on every machine (see ``Quiet``)."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
 
 
 def pool_students(folder: Path, count: int, task: JointTask, examiner: Examiner) -> list[Student]:

@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
                 return INTERRUPTED
         with stages.timed("report"):
             finish(folder, search, task, examiner)
+        if (locks := task.locks()) is not None:
+            locks.remove()
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,10 @@ class Quiet:
         """For a timing: begins once all pieces of work have ended, and lets none begin."""
         with self._held("gate", fcntl.LOCK_EX), self._held("work", fcntl.LOCK_EX):
             yield
+
+    def remove(self) -> None:
+        """Remove the lock files, once nobody works or measures any more."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
     def _held(self, name: str, kind: int) -> Iterator[None]:

@@ -13,19 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import analyze
+import measure_inheritance
 import pytest
 import ray
 import torch
 import upgrade_detector
 from detector_cases import stirred
 from joint_presets import joint_preset_of
-from joint_runs import joint_task, limits
+from joint_runs import joint_task, limits, locks_name
 from options import main_of
 
 from autodet.data import write_shapes
 from autodet.detectors import DetectorSpec, detect, load_detector, save_detector
 from autodet.detectors.weights import weights_hash
 from autodet.joint import JointBench
+from autodet.joint.bench import LOCKS
 from autodet.ledger import Ledger
 from autodet.records import records_from
 from autodet.results.lineage import front, lineage
@@ -116,8 +118,8 @@ def test_the_disk_holds_the_front_and_the_base_alone(upgraded: Path) -> None:
     final = json.loads((upgraded / "final.json").read_text())
     named.add(records[final["derived"]].weights)
     kept = {path.stem for path in (upgraded / "weights").glob("*.safetensors")}
-    best_within = kept - named  # the best one within the limits, where the most accurate of all was not kept
-    assert named <= kept and len(best_within) <= 1
+    assert kept == named
+    assert not list(LOCKS.glob(f"*{locks_name(upgraded)}"))
     for hash in kept:
         detector, _ = load_detector(upgraded / "weights" / f"{hash}.safetensors")
         assert weights_hash(detector.model.state_dict()) == hash
@@ -151,6 +153,12 @@ def test_report_table_and_onnx_are_there(upgraded: Path, capsys: pytest.CaptureF
     assert analyze.main([str(upgraded)]) == 0
     assert "How to use it" in (upgraded / "report.html").read_text()
     assert "completed" in capsys.readouterr().out
+
+
+def test_what_inheriting_saves_is_measured(upgraded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure_inheritance.main(["--run", str(upgraded), "--children", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "the aim is AP" in printed and "scratch over inherited, median" in printed and "prune_" in printed
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examine
     found = {"derived": chosen.id, "target": target, "rows": rows, "split": task.task.split, "usage": lines}
     atomic_write_json(folder / TABLE, found | {"marks": marks, "seconds": seconds})
     report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks)
-    print(f"\nOn the {task.task.split} split:\n{pd.DataFrame(rows).to_string(index=False)}")
+    shown = pd.DataFrame(rows).astype(object)
+    print(f"\nOn the {task.task.split} split:\n{shown.where(shown.notna(), '–').to_string(index=False)}")
     print("\n" + "\n".join(lines) + f"\n\nReport: {report}")
 
 

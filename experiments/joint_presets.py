@@ -68,8 +68,8 @@ def demo(preset: Preset) -> JointPreset:
     return JointPreset(
         preset=replace(preset, teaching=recipe(8, batch_size=4)),
         child=replace(recipe(2, lr=1.5e-3, batch_size=4), warmup=5),
-        budget=12,
-        schedule="2*largest > 2*sandwich(1, 1)",
+        budget=10,
+        schedule="1*largest > 2*sandwich(1, 1)",
         members=2,
         inputs=("logits.roi",),
         fraction=0.5,

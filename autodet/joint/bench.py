@@ -28,7 +28,7 @@ from autodet.teachers.elastic import Take, copies_of
 from autodet.teachers.pool import WEIGHTS, read_manifest
 from autodet.teachers.statistics import measure_statistics
 from autodet.training import Outcome, Task, Workbench
-from autodet.training.task import OnEpoch
+from autodet.training.task import OnEpoch, Pace
 
 Fetch = Callable[[str, Path], Take]  # a hash and the file that has it → copies of its tensors
 TEACHERS_AT_HAND = 4
@@ -83,7 +83,7 @@ class JointBench:
     def __init__(self, task: JointTask, fetch: Fetch = from_file) -> None:
         self.task, self._fetch = task, fetch
         quiet = task.locks()
-        self._pace = None if quiet is None else quiet.working
+        self._pace: Pace = nullcontext if quiet is None else quiet.working
         self._benches: dict[tuple[int, int], Workbench] = {}
         self._pool: TeacherPool | None = None
         self._teachers: OrderedDict[Member, Teacher] = OrderedDict()
@@ -101,7 +101,7 @@ class JointBench:
         bench = self.bench(student.spec)
         if student.parent is None:
             return self._measured(student, bench)
-        with self._pace() if self._pace is not None else nullcontext():
+        with self._pace():
             child = self.child(candidate)
         loader = bench.train_loader.dealt(student.draw)  # every child sees other batches than its parent did
         if candidate.inherit and not are_exact(student.actions):
@@ -143,7 +143,7 @@ class JointBench:
         size = (spec.min_size, spec.max_size)
         if size not in self._benches:
             task = replace(self.task.task, student=spec, teacher=None)
-            self._benches[size] = Workbench(task) if self._pace is None else Workbench(task, self._pace)
+            self._benches[size] = Workbench(task, self._pace)
         return self._benches[size]
 
     def image(self, spec: DetectorSpec) -> list[Tensor]:

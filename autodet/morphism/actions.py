@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -70,8 +70,7 @@ class Action:
     values: Values = ()
 
     def __post_init__(self) -> None:
-        if self.name not in ACTIONS:
-            raise MorphError(f"There is no action {self.name!r}; there are {', '.join(ACTIONS)}.")
+        check_actions([self.name])
         if len(self.values) != len(ACTIONS[self.name].names):
             raise MorphError(
                 f"{self.name} takes {', '.join(ACTIONS[self.name].names) or 'nothing'}, found {self.values}."
@@ -226,10 +225,8 @@ PRUNING = ("remove_block", "prune_inner", "prune_stage", "prune_neck", "prune_he
 STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", "resize", "keep_proposals")
 
 
-def known_actions(names: Iterable[str]) -> tuple[str, ...]:
-    """The names, checked; MorphError names one that there is not."""
-    found = tuple(names)
-    unknown: list[Any] = [name for name in found if name not in ACTIONS]
-    if unknown:
-        raise MorphError(f"There is no action {unknown[0]!r}; there are {', '.join(ACTIONS)}.")
-    return found
+def check_actions(names: Iterable[str]) -> None:
+    """MorphError where there is no action of a name."""
+    for name in names:
+        if name not in ACTIONS:
+            raise MorphError(f"There is no action {name!r}; there are {', '.join(ACTIONS)}.")

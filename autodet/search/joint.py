@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from autodet.detectors import DetectorSpec
 from autodet.distill.formula import Formula
-from autodet.morphism.actions import ALL, PRUNING, STRUCTURE, Action, Steps, actions_text, draw_action, known_actions
+from autodet.morphism.actions import ALL, PRUNING, STRUCTURE, Action, Steps, actions_text, check_actions, draw_action
 from autodet.pareto import Point, crowding, front
 from autodet.records import RelativeCost
 from autodet.search.candidate import EMPTY, FINISHED, WAIT, Answer, Ask, Candidate, Status, Student, rng_for
@@ -68,7 +68,7 @@ class Phase:
     parents: Literal["front", "best", "base"] = "front"
 
     def __post_init__(self) -> None:
-        known_actions(self.actions)
+        check_actions(self.actions)
         if self.budget < 1 or self.teachers not in TEACHERS:
             raise ValueError(f"expected a budget of at least 1 and teachers among {', '.join(TEACHERS)}, found {self}")
 

@@ -129,14 +129,14 @@ def make_search(
         cost=options.front,
         steps=preset.steps_for(spec),
         most_actions=RANDOM_ACTIONS if options.search == "random" else JointSettings.most_actions,
-        formula=options.formula_rate,
+        formula=options.formula_rate if formula.terms else 0.0,  # there is nothing to change
         inherit=options.inherit,
     )
     cost = examiner.base_cost()
     base = Student(spec, (), None, examiner.base, None, options.seed, cost, 0)
     space = None if pool is None else TeacherPool.open(pool).space
     inputs = [term.input for term in formula.terms]
-    formulas = GRAMMAR.whole(inputs, (), 2) if options.formula_rate else None
+    formulas = GRAMMAR.whole(inputs, (), 2) if settings.formula else None
     founders = [] if pool is None else pool_students(pool, options.founders, task, examiner)
     comparable = every_term if pool is None else JointBench(task).comparable
     return JointSearch(base, examiner, settings, options.seed, formula, space, formulas, founders, comparable)

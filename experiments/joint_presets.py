@@ -17,6 +17,8 @@ class JointPreset:
 
     budget: children. schedule: of the pool, as a text. inputs, per_input, weights: of the distiller search. fractions:
     of the base's image size that may be chosen. fraction: of the training images, for the distiller's candidates.
+    founders: members of the pool that children may descend from as well as from the base; where a pool is trained
+    longer than the base was, they are the better beginnings, and where not, their children soon lose [ours].
     """
 
     preset: Preset
@@ -30,6 +32,7 @@ class JointPreset:
     weights: int
     steps: Steps
     fractions: tuple[float, ...] = (2 / 3, 5 / 6, 1.0)
+    founders: int = 4
 
     def inputs_of(self, family: str) -> tuple[str, ...]:
         """The knowledge inputs to search: responses first, which mean the same in any two detectors of a family."""
@@ -60,6 +63,7 @@ def smoke(preset: Preset) -> JointPreset:
         per_input=4,
         weights=4,
         steps=Steps(width=4),
+        founders=1,
     )
 
 
@@ -76,6 +80,7 @@ def demo(preset: Preset) -> JointPreset:
         per_input=4,
         weights=4,
         steps=Steps(shrink=(0.5, 0.75)),
+        founders=1,
     )
 
 

@@ -72,11 +72,15 @@ def locks_name(folder: Path) -> str:
 
 
 def pool_students(folder: Path, count: int, task: JointTask, examiner: Examiner) -> list[Student]:
-    """The most accurate of the pool's measured members that none is better than at fewer parameters."""
+    """The most accurate of the pool's measured members that none is better than at fewer MACs.
+
+    Their lineages begin with the pool's own epochs.
+    """
     if not count:
         return []
     bench, pool, table = JointBench(task), TeacherPool.open(folder), read_members(folder)
-    points = front(Point(row, *map(float, table.loc[row, ["params_m", "ap"]])) for row in table.index)
+    epochs = int(pool.notes["recipe"]["epochs"])
+    points = front(Point(row, *map(float, table.loc[row, ["macs_g", "ap"]])) for row in table.index)
     found = []
     for point in sorted(points, key=lambda point: -point.ap)[:count]:
         member = Member.parse(str(table.loc[point.id, "member"]))
@@ -84,7 +88,7 @@ def pool_students(folder: Path, count: int, task: JointTask, examiner: Examiner)
         taken = pool.take(member, loader, Path(task.task.cache), task.task.device)
         hash = weights_hash(taken.model.state_dict())
         save_detector(task.weights_file(hash), taken, {"member": str(member), "pool": pool.hash})
-        found.append(Student(taken.spec, (), None, hash, None, 0, examiner.cost(taken), 0))
+        found.append(Student(taken.spec, (), None, hash, None, 0, examiner.cost(taken), epochs))
     return found
 
 

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         "script": "upgrade_detector",
         "options": recorded(options, (*RECORDED, *EXTENDABLE)),
         "child": preset.child.to_json(),
-        **pool_identity(options.pool, labels),
+        **pool_identity(options.pool, labels, options.founders),
     }
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]) as ledger:
         stages = Stages(folder)
@@ -118,8 +118,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--founders",
         type=count,
-        default=0,
-        help="members of the pool that children may descend from as well as from the base (default: 0)",
+        help="members of the pool that children may descend from as well as from the base (default: the preset's for"
+        " --search joint, none for a control)",
     )
     add(
         "--inherit",
@@ -152,10 +152,16 @@ def family_of(folder: Path, given: Detector | None, named: str) -> str:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Find mistakes that would show hours later; a formula's text is recorded in place of where it was found."""
+    """Find mistakes that would show hours later.
+
+    A formula's text is recorded in place of where it was found, and the number of founders in place of the preset's.
+    """
     limits(options, base_ms=1.0)
     formula = given_formula(options)
     options.formula = None if formula is None else str(formula)
+    if options.founders is None:
+        joint = options.search == "joint" and options.teachers != "none"
+        options.founders = joint_preset_of(options.preset, options.family).founders if joint else 0
     if options.preset == "gpu" and not torch.cuda.is_available():
         raise ValueError("--preset gpu needs a GPU on this machine as well, where detectors are timed.")
     if options.teachers != "searched" and options.search in ("pipeline", "random"):

@@ -28,7 +28,7 @@ from autodet.distill import Formula
 from autodet.joint.examine import UserCost
 from autodet.ledger import is_run
 from autodet.morphism.settings import thaw_norms
-from autodet.teachers.pool import MANIFEST, MEMBERS, PoolError, read_manifest
+from autodet.teachers.pool import MANIFEST, MEMBERS, PoolError, read_manifest, read_members
 from autodet.training import Task, train_plain
 
 BASE = "base.safetensors"
@@ -116,11 +116,13 @@ def thawed(detector: Detector) -> Detector:
     return converted
 
 
-def pool_identity(named: Path | None, labels: Labels) -> dict[str, str]:
+def pool_identity(named: Path | None, labels: Labels, founders: int) -> dict[str, str]:
     """What pins a given pool, checked before anything starts; nothing where one will be trained."""
     if named is None:
         return {}
     manifest = read_manifest(_pool_folder(named))
+    if founders:
+        read_members(_pool_folder(named))
     theirs = [tuple(label) for label in manifest["spec"]["labels"]]
     if theirs != list(labels):
         raise PoolError(f"--pool {named} knows the labels {theirs[:5]}, the data has {list(labels)[:5]}.")

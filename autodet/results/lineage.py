@@ -58,10 +58,12 @@ def cost_of(record: Record, cost: str = COST) -> float | None:
 
 
 def actions_of(record: Record) -> str:
-    """The text of what was changed of the parent; "base" for the base itself."""
+    """The text of what was changed of the parent; "base" for the base itself, "founder" for others without parents."""
     if record.student is None:
         return ""
-    return "base" if parent_of(record) is None else str(record.student["actions"])
+    if parent_of(record) is None:
+        return "founder" if record.phase == "founders" else "base"
+    return str(record.student["actions"])
 
 
 def teacher_of(record: Record) -> str:

@@ -151,7 +151,7 @@ class JointSearch:
             raise ValueError("expected a space of formulas, found none, though formulas may change")
         self.settings, self._seed, self._examine = settings, seed, examine
         self._formula, self._teachers, self._formulas = formula, teachers, formulas
-        self._given, self._comparable = (base, *founders), comparable
+        self._given, self._comparable = [base, *founders], comparable
         self.asks: list[Ask] = []
         self.ends: dict[int, Status] = {}
         self.weights: dict[int, str] = {}  # of completed candidates, by number
@@ -228,6 +228,8 @@ class JointSearch:
         return kept | running | {student.weights for student in self._given}
 
     def _commit(self, ask: Ask) -> Ask:
+        if ask.id < len(self._given) and ask.candidate.student is not None:
+            self._given[ask.id] = ask.candidate.student  # of a resumed run: as they were timed when it began
         self.asks.append(ask)
         arm = ask.candidate.arm
         self._arms[arm] = self._arms.get(arm, 0) + 1

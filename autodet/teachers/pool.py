@@ -28,7 +28,7 @@ from autodet.teachers.space import Member, PoolSpace, SpaceError
 from autodet.teachers.statistics import BATCH, IMAGES, measure_statistics, statistics_of
 
 FORMAT, VERSION = "autodet-pool", 1
-STATISTICS_FORMAT = 2  # of the way in which they are measured
+STATISTICS_FORMAT = 3  # of the way in which they are measured
 LIMITED = ("latency_ms", "macs_g", "params_m")  # by which a member can be looked up
 MANIFEST, WEIGHTS, MEMBERS = "manifest.json", "weights.safetensors", "members.csv"
 

@@ -39,11 +39,10 @@ def recalibrate(detector: Detector, batches: Iterable[Batch]) -> None:
 
 
 def statistics_of(detector: Detector) -> dict[str, Tensor]:
-    """The norms' running means and variances, by their names in the plain model's state dict."""
+    """All that ``measure_statistics`` changes of the norms, by their names in the plain model's state dict."""
     return {
         f"{prefix}.{name}": buffer
         for prefix, module in detector.model.named_modules()
         if isinstance(module, nn.BatchNorm2d)
         for name, buffer in module.named_buffers()
-        if name != "num_batches_tracked"
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import analyze
+import compare_upgrades
 import measure_inheritance
+import pandas as pd
 import pytest
 import ray
 import torch
@@ -29,14 +33,15 @@ from autodet.detectors.weights import weights_hash
 from autodet.joint import JointBench
 from autodet.joint.bench import LOCKS
 from autodet.ledger import Ledger
-from autodet.records import records_from
+from autodet.records import Cost, records_from
 from autodet.results.lineage import front, lineage
 from autodet.runtime.weight_cache import NAMESPACE
 from autodet.teachers import PoolSpace
-from autodet.teachers.pool import save_pool
+from autodet.teachers.pool import MemberRow, save_members, save_pool
 
 SCRIPT = str(Path(upgrade_detector.__file__))
 SPACE = PoolSpace.parse("basic-=:8..16/8x1-16x1..2-16x1-16x1@64")
+POOL_EPOCHS = 5
 
 
 def given(folder: Path, spec: DetectorSpec) -> list[str]:
@@ -44,7 +49,10 @@ def given(folder: Path, spec: DetectorSpec) -> list[str]:
     torch.manual_seed(0)
     data = write_shapes(folder / "data", 8, 4, 4, size=(96, 64), seed=3)
     save_detector(folder / "base.safetensors", stirred(spec))
-    save_pool(folder / "pool", stirred(replace(spec, body=SPACE.largest.body)), SPACE, {})
+    notes = {"recipe": {"epochs": POOL_EPOCHS}}
+    save_pool(folder / "pool", stirred(replace(spec, body=SPACE.largest.body)), SPACE, notes)
+    cost = Cost(1.0, 1.0, "cpu", 1, 1, 0.01, 0.01)
+    save_members(folder / "pool", [MemberRow(SPACE.smallest, 0.1, 0.1, "val", cost)])
     options = ["--data", str(data), "--base", str(folder / "base.safetensors"), "--pool", str(folder / "pool")]
     return [*options, "--formula", "global: l2 * 0.1", "--cache", str(folder / "cache"), "--preset", "smoke"]
 
@@ -101,20 +109,21 @@ def upgraded(ray_cluster: None, tiny_spec: DetectorSpec, tmp_path_factory: pytes
 
 def test_every_candidate_ends_once_whatever_is_killed(upgraded: Path) -> None:
     events = Ledger.open(upgraded).events()
-    assert [event.id for event in events if event.kind == "told"] == list(range(8))
+    assert [event.id for event in events if event.kind == "told"] == list(range(9))
     records = records_from(events)
     assert all(record.status == "completed" for record in records)
-    assert all(record.epochs == 2 for record in records[1:]) and records[0].epochs == 0
-    for record in records[1:]:
+    assert [record.epochs for record in records] == [0, 0] + 7 * [2]
+    assert [record.phase for record in records[:3]] == ["base", "founders", "joint"]
+    for record in records[2:]:
         path = lineage(records, record.id)
-        assert record.student is not None and record.student["epochs"] == 2 * (len(path) - 1)
-        parent = path[-2]
-        assert record.student["weights"] == parent.weights
+        before = POOL_EPOCHS if path[0].id == 1 else 0  # the founder has the pool's epochs
+        assert record.student is not None and record.student["epochs"] == before + 2 * (len(path) - 1)
+        assert record.student["weights"] == path[-2].weights
 
 
 def test_the_disk_holds_the_front_and_the_base_alone(upgraded: Path) -> None:
     records = records_from(Ledger.open(upgraded).events())
-    named = {record.weights for record in front(records)} | {records[0].weights}
+    named = {record.weights for record in front(records)} | {record.weights for record in records[:2]}
     final = json.loads((upgraded / "final.json").read_text())
     named.add(records[final["derived"]].weights)
     kept = {path.stem for path in (upgraded / "weights").glob("*.safetensors")}
@@ -213,3 +222,36 @@ def test_a_target_is_a_share_or_milliseconds() -> None:
     assert of("--latency-target", "55%") == {"latency_ratio": 0.55}
     assert of("--latency-target", "12ms") == {"latency_ratio": 0.6}
     assert of("--limit", "macs_g<=1.5", "--limit", "params_m<=2")["params_m"] == 2.0
+
+
+@pytest.mark.parametrize("arm", compare_upgrades.ARMS)
+def test_every_arm_of_the_comparison_is_a_run_that_can_start(arm: str, tiny_spec: DetectorSpec, tmp_path: Path) -> None:
+    options = compare_upgrades.parse([*given(tmp_path, tiny_spec), "--workers", "1"])
+    found = upgrade_detector.parse(compare_upgrades.arguments(tmp_path / "new", arm, 3, options))
+    upgrade_detector.check(found)
+    assert (found.seed, found.budget, found.latency_target, found.workers) == (3, 18, "0.75", 1)
+    assert found.founders == (1 if arm == "founders" else 0)
+    assert (found.teachers == "none") == (found.pool is None) == (arm == "no-teacher")
+
+
+def test_finished_arms_are_compared(
+    upgraded: Path, tiny_spec: DetectorSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "comparison"
+    for arm, gain in (("joint", 0.0), ("pipeline", 2.5)):
+        for seed in (0, 1):
+            shutil.copytree(upgraded, output / f"{arm}-{seed}")
+            final = json.loads((upgraded / "final.json").read_text())
+            final["rows"][-1]["AP"] += gain * seed
+            (output / f"{arm}-{seed}" / "final.json").write_text(json.dumps(final))
+    options = [*given(tmp_path, tiny_spec), "--output", str(output), "--seeds", "2", "--arms", "joint", "pipeline"]
+    assert compare_upgrades.main(options) == 0
+    table = pd.read_csv(output / "arms.csv")
+    aps = dict(zip(zip(table["arm"], table["seed"], strict=True), table["AP"], strict=True))
+    assert aps["pipeline", 1] - aps["joint", 1] == pytest.approx(2.5)
+    records = records_from(Ledger.open(upgraded).events())
+    within = [record.ap for record in records if (record.student or {})["cost"]["latency_ratio"] <= final["target"]]
+    best = max((100 * ap for ap in within if ap is not None), default=math.nan)
+    assert table["AP val"].to_list() == pytest.approx(4 * [best], nan_ok=True)
+    # The differences are 0 and 2.5: their mean is 1.25, and the t-interval of two values is 12.706 standard errors.
+    assert "+1.2 [-14.6, +17.1]" in capsys.readouterr().out

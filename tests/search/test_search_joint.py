@@ -307,6 +307,10 @@ def test_founders_are_measured_and_children_may_descend_from_them() -> None:
     child = search.ask()
     assert isinstance(child, Ask) and student_of(child).parent == 1
     assert {"base", "founder"} <= search.needed()
+    again = JointSearch(base, world, settings(), 0, TAUGHT, POOL, founders=[replace(founder, weights="timed again")])
+    for ask in search.asks:
+        again.replay(ask)
+    assert "timed again" not in again.needed() and "founder" in again.needed()
 
 
 def test_formulas_change_at_their_rate() -> None:

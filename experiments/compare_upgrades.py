@@ -1,4 +1,4 @@
-"""What does each part of the joint search bring? The search against its controls, at as many epochs.
+"""What does each part of the joint search bring, at as many children of as many epochs?
 
 command:   python experiments/compare_upgrades.py --base FILE --pool POOL --formula TEXT --data DIR [--arms joint …]
 hardware:  as upgrade_detector.py

@@ -42,7 +42,13 @@ from autodet.teachers import Member
 from autodet.teachers.pool import TeacherPool, read_members
 from autodet.training import Task
 
-SEARCHES = ("joint", "no-op", "pipeline", "random")
+PHASES: dict[str, Callable[[int], tuple[Phase, ...]]] = {
+    "joint": joint_phases,
+    "no-op": lambda budget: (Phase("no-op", budget, ()),),
+    "pipeline": pipeline_phases,
+    "random": random_phases,
+}
+SEARCHES = tuple(PHASES)
 RANDOM_ACTIONS = 8  # at most, of a child in a random search, which are all the base's own children
 
 
@@ -114,12 +120,7 @@ def make_search(
     """The joint search, or a control with as many children of as many epochs."""
     spec: DetectorSpec = task.task.student
     budget = options.budget or preset.budget
-    phases = {
-        "joint": joint_phases(budget),
-        "no-op": (Phase("no-op", budget, ()),),
-        "pipeline": pipeline_phases(budget),
-        "random": random_phases(budget),
-    }[options.search]
+    phases = PHASES[options.search](budget)
     if options.search in ("joint", "no-op"):
         if not formula.terms:  # who teach by nothing are none
             phases = tuple(replace(phase, teachers="none") for phase in phases)

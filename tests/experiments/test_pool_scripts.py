@@ -95,7 +95,8 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A formula that does not divide by small deviations, so that rounding stays as small as it is.
     options += ["--schedule", SCHEDULE, "--check-every", "3", "--formula", "global: l2 * 0.1", "--workers", "1"]
     script = str(Path(train_teacher_pool.__file__))
-    driver = subprocess.Popen([sys.executable, script, *options])
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen([sys.executable, script, *options, "--address", "auto"], env=environment)
     wait_for_epochs(folder, 3, driver)
     driver.kill()
     driver.wait()

@@ -24,7 +24,7 @@ import torch
 import upgrade_detector
 from detector_cases import stirred
 from joint_presets import joint_preset_of
-from joint_runs import joint_task, limits, locks_name
+from joint_runs import PHASES, SEARCHES, joint_task, limits, locks_name
 from options import main_of
 
 from autodet.data import write_shapes
@@ -92,7 +92,8 @@ def upgraded(ray_cluster: None, tiny_spec: DetectorSpec, tmp_path_factory: pytes
         "--output",
         str(folder),
     ]
-    driver = subprocess.Popen([sys.executable, SCRIPT, *options])
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen([sys.executable, SCRIPT, *options, "--address", "auto"], env=environment)
     while len(list((folder / "events").glob("*-told-*"))) < 2:
         assert driver.poll() is None
         time.sleep(0.05)
@@ -211,6 +212,12 @@ def test_a_mistake_is_found_before_anything_is_trained(
     error = capsys.readouterr().err
     assert "error: " in error and message in error and "Traceback" not in error
     assert not (tmp_path / "new").exists()
+
+
+def test_the_smallest_budgets_are_searches() -> None:
+    for name in SEARCHES:
+        least = 3 if name == "pipeline" else 1
+        assert sum(phase.budget for phase in PHASES[name](least)) == least
 
 
 def test_a_target_is_a_share_or_milliseconds() -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 import upgrade_detector
 from finishing import TABLE
 from joint_presets import joint_preset_of
-from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded
+from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded, share
 from runs import start_or_resume
 
 from autodet.atomic import atomic_write_bytes
@@ -48,7 +48,19 @@ ARMS = {
 }
 UNTAUGHT = "no-teacher"
 VALUES = {"val": "AP val", "test": "AP", "latency": "latency %", "volume": "hypervolume"}
-RECORDED = ("preset", "family", "data", "cache", "base", "pool", "formula", "latency_target", "budget", "seed")
+RECORDED = (
+    "preset",
+    "family",
+    "data",
+    "cache",
+    "base",
+    "base_size",
+    "pool",
+    "formula",
+    "latency_target",
+    "budget",
+    "seed",
+)
 EXTENDABLE = ("workers", "arms", "seeds")
 
 
@@ -81,9 +93,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data_options(parser)
     add = parser.add_argument
     add("--base", type=Path, help="the detector, as for upgrade_detector.py")
+    add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
     add("--pool", type=Path, help="of teachers, by train_teacher_pool.py")
     add("--formula", help="what teachers teach by: a formula, or a run of search_distiller.py")
-    add("--latency-target", default="0.75", help="as for upgrade_detector.py (default: 0.75)")
+    add("--latency-target", type=share, default=0.75, help="share of the base's latency (default: 0.75)")
     add("--budget", type=positive, default=18, help="children of every run (default: 18)")
     add("--seeds", type=positive, help="runs of every arm, the first with --seed (default: 3)")
     add("--arms", nargs="+", choices=ARMS, help="the first is what others are compared with (default: all)")
@@ -106,7 +119,7 @@ def arguments(folder: Path, arm: str, seed: int, options: argparse.Namespace) ->
     workers = [] if options.workers is None else ["--workers", str(options.workers)]
     if is_run(folder):
         return ["--resume", str(folder), "--address", options.address, *workers]
-    names = ["preset", "family", "data", "cache", "base", "latency_target", "budget", "address"]
+    names = ["preset", "family", "data", "cache", "base", "base_size", "latency_target", "budget", "address"]
     if arm != UNTAUGHT:
         names += ["pool", "formula"]
     given = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
@@ -128,7 +141,7 @@ def row_of(folder: Path, arm: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         VALUES["val"]: max(within, default=None),
         VALUES["test"]: derived["AP"],
-        "of base": derived["AP"] - base["AP"],
+        "AP gain": derived["AP"] - base["AP"],
         VALUES["latency"]: 100 * derived["of base"],
         VALUES["volume"]: float(hypervolume_progress(records)["hypervolume"].iloc[-1]),
         "failed": sum(record.status == "failed" for record in records),

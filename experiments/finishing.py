@@ -29,8 +29,13 @@ SAME = "base, same settings"
 REPEATS = 40  # rounds of the last timing
 
 
-def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examiner) -> None:
-    """Keep the best detector within the limits, or, where there is none, the best of all; measure, draw, print."""
+def finish(
+    folder: Path, search: JointSearch, task: JointTask, examiner: Examiner, base_epochs: int | None = None
+) -> None:
+    """Keep the best detector within the limits, or, where there is none, the best of all; measure, draw, print.
+
+    base_epochs: that the base was trained here, None where it was given.
+    """
     chosen = chosen_of(search, folder)
     student = search.student(chosen.id)
     derived, notes = load_detector(task.weights_file(search.weights[chosen.id]))
@@ -41,11 +46,12 @@ def finish(folder: Path, search: JointSearch, task: JointTask, examiner: Examine
     if spec != base.spec:
         bench = JointBench(task)
         detectors[SAME] = with_settings(base, spec, bench)
-        marks[SAME] = (examiner.cost(detectors[SAME]).latency_ratio, bench.bench(spec).measure(detectors[SAME]).ap or 0)
+        cost = float(getattr(examiner.cost(detectors[SAME]), search.settings.cost))
+        marks[SAME] = (cost, bench.bench(spec).measure(detectors[SAME]).ap or 0)
     detectors["derived"] = derived
     task = replace(task, task=replace(task.task, split=_split(Path(task.task.data))))
     bench, seconds = JointBench(task), json.loads((folder / STAGES).read_text())
-    rows = table(detectors, bench, {"derived": student.epochs}, seconds)
+    rows = table(detectors, bench, examiner, epochs_of(search, chosen.id, base_epochs), seconds)
     save_detections(folder, replace(task.task, teacher=None), {"base": folder / BASE, "derived": folder / DERIVED})
     target, lines = (
         search.settings.limits.get("latency_ratio"),
@@ -83,10 +89,27 @@ def with_settings(base: Detector, spec: DetectorSpec, bench: JointBench) -> Dete
     return child
 
 
+def epochs_of(search: JointSearch, derived: int, base: int | None) -> dict[str, str]:
+    """How long each detector was trained in all, as ``16 + 9``: as the base, or in the pool, and by the search."""
+    student, own = search.student(derived), "given" if base is None else str(base)
+    first, searched = student, 0
+    while first.parent is not None:
+        searched += search.settings.epochs
+        first = search.student(first.parent)
+    before = f"{first.epochs} in the pool" if first.epochs else own
+    fresh = not search.settings.inherit and student.parent is not None
+    found = str(search.settings.epochs) if fresh else before + (f" + {searched}" if searched else "")
+    return {"base": own, SAME: own, "derived": found}
+
+
 def table(
-    detectors: dict[str, Detector], bench: JointBench, epochs: dict[str, int], seconds: dict[str, float]
+    detectors: dict[str, Detector],
+    bench: JointBench,
+    examiner: Examiner,
+    epochs: dict[str, str],
+    seconds: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """A row a detector: AP in points, costs timed by turns now that nothing else runs, epochs trained by the search.
+    """A row a detector: AP in points, costs timed by turns now that nothing else runs, or by the user's measurement.
 
     seconds: of the stages; the base took its own, the derived detector all of them.
     """
@@ -96,7 +119,11 @@ def table(
     for detector in detectors.values():
         detector.model.to(task.device).eval()
     runs = {name: lambda d=detector, i=images[name]: detect(d, i) for name, detector in detectors.items()}
-    latencies = measure_latencies_interleaved(runs, task.device, repeats=REPEATS, threads=task.threads)
+    if examiner.by_user:
+        took = {name: examiner.cost(detector).latency_ms for name, detector in detectors.items()}
+    else:
+        latencies = measure_latencies_interleaved(runs, task.device, repeats=REPEATS, threads=task.threads)
+        took = {name: latency.median_ms for name, latency in latencies.items()}
     rows = []
     for name, detector in detectors.items():
         metrics = bench.bench(detector.spec).measure(detector)
@@ -104,12 +131,12 @@ def table(
             {
                 "detector": name,
                 **_points(metrics),
-                "latency ms": round(latencies[name].median_ms, 2),
-                "of base": round(latencies[name].median_ms / latencies["base"].median_ms, 3),
+                "latency ms": round(took[name], 2),
+                "of base": round(took[name] / took["base"], 3),
                 "MACs G": round(count_macs(runs[name]), 3),
                 "params M": round(count_params(detector.model), 3),
-                "epochs": epochs.get(name, 0),
-                "minutes": round(spent[name] / 60, 1) if name in spent else None,
+                "epochs": epochs[name],
+                "minutes of this run": round(spent[name] / 60, 1) if name in spent else None,
             }
         )
     return rows

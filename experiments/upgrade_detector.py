@@ -21,7 +21,17 @@ import torch
 from finishing import finish
 from joint_presets import joint_preset_of
 from joint_runs import SEARCHES, joint_task, keep_base, limits, make_search, recorded_base_ms, run_search
-from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded
+from options import (
+    INTERRUPTED,
+    absolute,
+    common_options,
+    data_options,
+    main_of,
+    new_folder,
+    parsed,
+    positive,
+    recorded,
+)
 from presets import preset_of
 from runs import checked_labels, data_folder, start_or_resume
 from upgrading import (
@@ -33,6 +43,7 @@ from upgrading import (
     given_formula,
     pool_identity,
     pool_stage,
+    usable_formula,
     user_cost,
 )
 
@@ -73,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         with ray_running(options.address, cpus=workers * preset.preset.threads):
             base = base_stage(options, preset, given, data, labels, folder, stages)
             pool = None if options.teachers == "none" else pool_stage(options, preset, base, data, folder, stages)
-            formula = Formula(()) if pool is None else formula_stage(options, preset, base, pool, data, folder, stages)
+            formula = Formula(())
+            if pool is not None:
+                formula = formula_stage(options, preset, base, pool, data, folder, stages)
+                formula = usable_formula(formula, base, pool)
             task = joint_task(options, preset, data, base, pool, folder)
             with stages.timed("search"):
                 base_ms = recorded_base_ms(ledger)
@@ -84,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
                 return INTERRUPTED
         with stages.timed("report"):
-            finish(folder, search, task, examiner)
+            finish(folder, search, task, examiner, None if options.base else preset.preset.teaching.epochs)
         if (locks := task.locks()) is not None:
             locks.remove()
     return 0
@@ -102,9 +116,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="share of the base's latency as 0.6, or milliseconds as 12ms: the most accurate detector within it is"
         " handed back (default: none, and the fastest one that is as accurate as the base)",
     )
-    add("--limit", action="append", default=None, metavar="NAME<=X", help="also macs_g<=X or params_m<=X")
+    add(
+        "--limit",
+        action="append",
+        default=None,
+        metavar="NAME<=X",
+        help="macs_g<=X or params_m<=X; as with a target, the most accurate detector within it is handed back",
+    )
     add("--pool", type=Path, help="of teachers, by train_teacher_pool.py (default: train one)")
-    add("--formula", help="what teachers teach by: a formula, or a run of search_distiller.py (default: search one)")
+    add(
+        "--formula",
+        type=formula_text,
+        help="what teachers teach by: a formula, or a run of search_distiller.py (default: search one)",
+    )
     add(
         "--normalise",
         action=argparse.BooleanOptionalAction,
@@ -118,8 +142,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--founders",
         type=count,
-        help="members of the pool that children may descend from as well as from the base (default: the preset's for"
-        " --search joint, none for a control)",
+        help="members of the pool that children may descend from as well as from the base (default: the preset's; 0 in"
+        " a control)",
     )
     add(
         "--inherit",
@@ -129,11 +153,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--formula-rate", type=float, default=0.0, help="how often a child changes the formula as well (default: 0)")
     add("--front", choices=COSTS, default="latency_ratio", help="the cost of the front (default: latency_ratio)")
-    add("--cost", metavar="FILE.py:FUNCTION", help="your own measurement: a torchvision model → milliseconds")
-    options = parsed(parser, argv, "upgrade_detector", RECORDED, EXTENDABLE)
-    if options.cost is not None:
-        options.cost = str(Path(options.cost).resolve())  # a file and a function's name, wherever it is resumed from
-    return options
+    add(
+        "--cost",
+        type=absolute,
+        metavar="FILE.py:FUNCTION",
+        help="your own measurement: a torchvision model → milliseconds",
+    )
+    return parsed(parser, argv, "upgrade_detector", RECORDED, EXTENDABLE)
+
+
+def formula_text(named: str) -> str:
+    """The text of a formula, wherever it stands, as an option's type; what is none stays, for ``check`` to refuse."""
+    try:
+        return str(given_formula(argparse.Namespace(formula=named)))
+    except (ValueError, OSError):
+        return named
 
 
 def count(text: str) -> int:
@@ -154,23 +188,22 @@ def family_of(folder: Path, given: Detector | None, named: str) -> str:
 def check(options: argparse.Namespace) -> None:
     """Find mistakes that would show hours later.
 
-    A formula's text is recorded in place of where it was found, and the number of founders in place of the preset's.
+    The number of founders is recorded, in place of the preset's.
     """
     limits(options, base_ms=1.0)
-    formula = given_formula(options)
-    options.formula = None if formula is None else str(formula)
+    given_formula(options)
     if options.founders is None:
-        joint = options.search == "joint" and options.teachers != "none"
-        options.founders = joint_preset_of(options.preset, options.family).founders if joint else 0
+        ours = options.search == "joint" and options.teachers == "searched" and options.inherit
+        options.founders = joint_preset_of(options.preset, options.family).founders if ours else 0
     if options.preset == "gpu" and not torch.cuda.is_available():
         raise ValueError("--preset gpu needs a GPU on this machine as well, where detectors are timed.")
     if options.teachers != "searched" and options.search in ("pipeline", "random"):
         raise ValueError(f"--search {options.search} has teachers of its own: leave --teachers out.")
     if options.teachers == "none" and (options.pool or options.founders or options.formula or options.formula_rate):
         raise ValueError("--teachers none needs no --pool, --founders, --formula or --formula-rate: leave them out.")
-    if options.search == "pipeline" and options.resume is not None:
+    if options.search == "pipeline" and options.resume is not None and options.budget is not None:
         before = Ledger.open(options.resume).config["options"]["budget"]
-        if options.budget != before:
+        if options.budget != (before or joint_preset_of(options.preset, options.family).budget):
             raise ValueError(f"--budget {options.budget}: a pipeline's phases cannot be extended from {before}.")
     if options.search == "pipeline" and options.budget is not None and options.budget < 3:
         raise ValueError(f"--budget {options.budget}: a pipeline has three phases, of a child each at least.")

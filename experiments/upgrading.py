@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +22,23 @@ import train_teacher_pool
 from joint_presets import JointPreset
 from pool_presets import pool_preset_of
 from runs import read_search, say_epoch
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from autodet.atomic import atomic_write_json
 from autodet.detectors import Detector, build, load_any_detector, load_detector, save_detector
-from autodet.distill import Formula
+from autodet.detectors.spec import COCO_LABELS
+from autodet.distill import Formula, why_incomparable
 from autodet.joint.examine import UserCost
 from autodet.ledger import is_run
 from autodet.morphism.settings import thaw_norms
+from autodet.teachers import TeacherPool
 from autodet.teachers.pool import MANIFEST, MEMBERS, PoolError, read_manifest, read_members
 from autodet.training import Task, train_plain
 
 BASE = "base.safetensors"
 STAGES = "stages.json"
+COCO_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by COCO's raw ids
+TICK = 5.0  # seconds; of a killed sitting no more are lost
 LONGEST_NAME = 200  # characters; a formula may have more than a file's name can
 Labels = Sequence[tuple[int, str]]
 
@@ -46,27 +52,43 @@ class Stages:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Announce a stage and add its time, also where it is interrupted."""
+        """Announce a stage and add its time, also where it is interrupted or killed."""
         logging.info("\n— %s —", name)
-        started = time.monotonic()
+        started, before, ended = time.monotonic(), self.seconds.get(name, 0.0), threading.Event()
+
+        def note() -> None:
+            self.seconds[name] = round(before + time.monotonic() - started, 1)
+            atomic_write_json(self._path, self.seconds)
+
+        def keep_noting() -> None:
+            while not ended.wait(TICK):
+                note()
+
+        clock = threading.Thread(target=keep_noting, daemon=True)
+        clock.start()
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
-            atomic_write_json(self._path, self.seconds)
+            ended.set()
+            clock.join()
+            note()
 
 
 def given_base(options: argparse.Namespace, labels: Labels) -> Detector | None:
     """The user's detector, checked before anything starts; None where one will be trained."""
     if options.base is None:
         return None
+    if options.data is None:
+        raise ValueError(f"--base {options.base} without --data: name the folder of the images that it is for.")
     detector = load_any_detector(options.base, labels, options.base_size)
-    missing = [label for label in labels if label[0] not in detector.spec.label_map]  # COCO's 90 ids hold its 80
-    if missing:
-        raise ValueError(
-            f"--base {options.base} knows the labels {list(detector.spec.labels)[:5]}, the data has "
-            f"{list(labels)[:5]}. Fine-tune it on these first: train_detector.py, or your own training."
-        )
+    known = {id: COCO_NAMES[id] if (id, name) in COCO_LABELS else name for id, name in detector.spec.labels}
+    for id, name in labels:
+        if known.get(id, "").lower() != name.lower():
+            raise ValueError(
+                f"--base {options.base} knows the labels {list(known.items())[:5]}, the data has {(id, name)}. "
+                "Fine-tune it on the data first: train_detector.py, or your own training; where names alone differ, "
+                "call the data's categories as the base does."
+            )
     return thawed(detector)
 
 
@@ -198,6 +220,19 @@ def formula_stage(
     return Formula.parse(found["formula"])
 
 
+def usable_formula(formula: Formula, base: Path, pool: Path) -> Formula:
+    """The terms that the base can be compared on with the pool; ValueError where there were terms and none is."""
+    student, teacher = load_detector(base)[0].spec, TeacherPool.open(pool).spec
+    reasons = {term: why_incomparable(term.input, student, teacher) for term in formula.terms}
+    for term, reason in reasons.items():
+        if reason is not None:
+            logging.info("Left out of the formula: %s: %s", term.input, reason)
+    found = Formula(tuple(term for term, reason in reasons.items() if reason is None))
+    if formula.terms and not found.terms:
+        raise ValueError(f"--formula {formula}: nothing in it can be compared between the base and the pool.")
+    return found
+
+
 def given_formula(options: argparse.Namespace) -> Formula | None:
     """The user's formula: a text, a file with one, or what a run of search_distiller.py found."""
     if options.formula is None:
@@ -211,12 +246,15 @@ def given_formula(options: argparse.Namespace) -> Formula | None:
 def user_cost(named: str) -> UserCost:
     """``FILE.py:FUNCTION`` → the function."""
     file, _, name = named.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"--cost {named}: expected FILE.py:FUNCTION, and there is no file {file!r}.")
+    if not (Path(file).is_file() and file.endswith(".py")):
+        raise ValueError(f"--cost {named}: expected FILE.py:FUNCTION, and there is no Python file {file!r}.")
     description = importlib.util.spec_from_file_location("user_cost", file)
     assert description is not None and description.loader is not None
     module = importlib.util.module_from_spec(description)
-    description.loader.exec_module(module)
+    try:
+        description.loader.exec_module(module)
+    except Exception as error:  # the user's own code, of which anything may come
+        raise ValueError(f"--cost {named}: {file} cannot be run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f"--cost {named}: {file} has no function {name!r}.")
     return cast(UserCost, getattr(module, name))

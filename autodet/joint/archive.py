@@ -10,7 +10,8 @@ from autodet.search import JointSearch
 def remove_unneeded(folder: Path, search: JointSearch) -> list[str]:
     """Remove the weights of candidates that have ended and are needed no more; their hashes.
 
-    So the folder holds the front's, the base's, those of running children's parents, and those just being written.
+    So the folder holds those of the front, the best, the base, founders, running children's parents, and those just
+    being written.
     """
     gone = sorted(set(search.weights.values()) - search.needed())
     return [hash for hash in gone if _removed(folder / f"{hash}.safetensors")]

@@ -84,7 +84,7 @@ class JointBench:
         self.task, self._fetch = task, fetch
         quiet = task.locks()
         self._pace: Pace = nullcontext if quiet is None else quiet.working
-        self._benches: dict[tuple[int, int], Workbench] = {}
+        self._benches: dict[tuple[object, ...], Workbench] = {}
         self._pool: TeacherPool | None = None
         self._teachers: OrderedDict[Member, Teacher] = OrderedDict()
 
@@ -139,12 +139,12 @@ class JointBench:
         return spec, {name: take(name, ()) for name in names}
 
     def bench(self, spec: DetectorSpec) -> Workbench:
-        """Data for images of a detector's size."""
-        size = (spec.min_size, spec.max_size)
-        if size not in self._benches:
+        """Data for images of a detector's size, with its numbers of the categories."""
+        key = (spec.min_size, spec.max_size, spec.labels)
+        if key not in self._benches:
             task = replace(self.task.task, student=spec, teacher=None)
-            self._benches[size] = Workbench(task, self._pace)
-        return self._benches[size]
+            self._benches[key] = Workbench(task, self._pace)
+        return self._benches[key]
 
     def image(self, spec: DetectorSpec) -> list[Tensor]:
         """One image to time a detector on, on its device: the first of the split, at the detector's size."""

@@ -34,7 +34,7 @@ class Examiner:
     ) -> None:
         """base: hash of the base's weights. base_ms: what the base took when the search began, None to time it now.
 
-        ValueError where the user's measurement of the base is no positive number.
+        ValueError where the user's measurement of the base fails or is no positive number.
         """
         self.base, self._bench, self._milliseconds = base, bench, milliseconds
         self._base, _ = load_detector(bench.task.weights_file(base))
@@ -63,7 +63,7 @@ class Examiner:
         images = self._bench.image(detector.spec)
         macs, params = count_macs(lambda: detect(detector, images)), count_params(detector.model)
         if self._milliseconds is not None:
-            milliseconds = _checked(self._milliseconds(detector.model))
+            milliseconds = self._by_user(detector)
             return RelativeCost(milliseconds / self.base_ms, 0.0, milliseconds, macs, params)
         base_images = self._bench.image(self._base.spec)
         with self._alone():
@@ -85,16 +85,27 @@ class Examiner:
 
     def _base_milliseconds(self) -> float:
         if self._milliseconds is not None:
-            return _checked(self._milliseconds(self._base.model))
+            return self._by_user(self._base)
         task, images = self._bench.task.task, self._bench.image(self._base.spec)
         with self._alone():
             return measure_latency(lambda: detect(self._base, images), task.device, threads=task.threads).median_ms
 
+    @property
+    def by_user(self) -> bool:
+        """Whether latency is the user's own measurement."""
+        return self._milliseconds is not None
+
+    def _by_user(self, detector: Detector) -> float:
+        """The user's measurement, which may be a timing on this machine. ValueError where it fails."""
+        assert self._milliseconds is not None
+        with self._alone():
+            try:
+                found = self._milliseconds(detector.model)
+            except Exception as error:  # the user's own code, of which anything may come
+                raise ValueError(f"the measurement failed: {type(error).__name__}: {error}") from error
+        if not (isinstance(found, (int, float)) and math.isfinite(found) and found > 0):
+            raise ValueError(f"the measurement gave {found!r} ms, expected a number above 0")
+        return float(found)
+
     def _alone(self) -> AbstractContextManager[object]:
         return nullcontext() if self._quiet is None else self._quiet.alone()
-
-
-def _checked(milliseconds: float) -> float:
-    if not (math.isfinite(milliseconds) and milliseconds > 0):
-        raise ValueError(f"the measurement gave {milliseconds} ms, expected a number above 0")
-    return float(milliseconds)

@@ -26,7 +26,7 @@ class Steps:
     """How far one action goes.
 
     width: channels that widths are multiples of, and the fewest that may remain; shrink, grow: factors of a width;
-    blocks: the most of a stage; sizes: shorter sides in pixels, proposals: numbers that may be chosen.
+    blocks: the most of a stage; sizes: shorter sides in pixels, proposals: numbers, of which the next ones are drawn.
     """
 
     width: int = 8
@@ -196,13 +196,20 @@ def _head(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int 
 
 
 def _size(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int | None]:
-    others = [size for size in steps.sizes if size != spec.min_size]
+    others = _beside(spec.min_size, steps.sizes)
     return (rng.choice(others) if others else None,)
 
 
 def _proposals(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int | None]:
-    others = [count for count in steps.proposals if count != spec.proposals[1]]
+    others = _beside(spec.proposals[1], steps.proposals)
     return (rng.choice(others) if spec.two_stage and others else None,)
+
+
+def _beside(value: int, choices: Iterable[int]) -> list[int]:
+    """The next smaller and the next larger one: most jumps over several lose what a parent has learned [ours]."""
+    smaller = sorted(choice for choice in choices if choice < value)
+    larger = sorted(choice for choice in choices if choice > value)
+    return smaller[-1:] + larger[:1]
 
 
 # What may be changed. The sizes of steps, and how often each is drawn, are ours: the paper's are not published.

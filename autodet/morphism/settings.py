@@ -11,10 +11,6 @@ from autodet.detectors import DetectorSpec
 from autodet.detectors.channels import BODY
 from autodet.morphism.morph import Morph, MorphError, Weights
 
-SETTINGS = (
-    *("min_size", "max_size", "anchor_sizes", "proposals", "proposals_before_nms"),
-    *("candidates", "score_threshold", "nms_threshold", "detections"),
-)
 EPS = 1e-5  # of a batch norm that learns: without any, a channel that is constant in a batch divides by zero
 
 
@@ -39,10 +35,15 @@ def keep_proposals(spec: DetectorSpec, weights: Weights, rng: random.Random, cou
 
 
 def with_settings_of(spec: DetectorSpec, other: DetectorSpec) -> DetectorSpec:
-    """A detector with all of another's settings that change no weights; of another family's the image size alone."""
-    if (spec.family, spec.levels) != (other.family, other.levels):
-        return spec if spec.min_size == other.min_size else spec.at_size(other.min_size)
-    return replace(spec, **{name: getattr(other, name) for name in SETTINGS})
+    """A detector with what actions may have changed of another and any user could: image size and proposals.
+
+    Anchors and the longer side go with the detector's own, which need not be the other's.
+    """
+    sized = spec if spec.min_size == other.min_size else spec.at_size(other.min_size)
+    if not (spec.two_stage and other.two_stage):
+        return sized
+    counts = (spec.proposals[0], other.proposals[1]), (spec.proposals_before_nms[0], other.proposals_before_nms[1])
+    return replace(sized, proposals=counts[0], proposals_before_nms=counts[1])
 
 
 def thaw_norms(spec: DetectorSpec, weights: Weights, rng: random.Random) -> Morph:

@@ -17,6 +17,7 @@ from autodet.records import Record
 from autodet.results.derived_plots import draw_architectures, draw_lineage
 from autodet.results.labels import Label, write_labels
 from autodet.results.lineage import (
+    COST,
     base_of,
     evaluated,
     front,
@@ -37,7 +38,10 @@ POINTS = 100  # AP in pictures: points
 TEACHER_ROWS = 14
 TEACHER_CHARACTERS = 40  # of a teacher's name in a line
 
-Point = tuple[float, float]  # latency ratio, AP
+AXES = {"latency_ratio": "latency, ratio to the base", "macs_g": "MACs (10⁹)", "params_m": "parameters (10⁶)"}
+
+Point = tuple[float, float]  # cost, AP
+Seen = tuple[float, float, Record]
 
 
 def draw_front(
@@ -45,28 +49,31 @@ def draw_front(
     derived: int | None = None,
     target: float | None = None,
     points: Mapping[str, Point] | None = None,
+    by: str = COST,
 ) -> Figure:
-    """AP against the latency ratio: completed candidates, their front, and the derived detector's lineage, numbered.
+    """AP against a cost: completed candidates, their front, and the derived detector's lineage, numbered.
 
-    derived: number of the candidate; target: a latency ratio to mark; points: name → (latency ratio, AP of 0–1) of
-    detectors beside the search. What is far below all of these lies on the lower edge, as triangles.
+    derived: number of the candidate; target: a cost to mark; points: name → (cost, AP of 0–1) of detectors beside the
+    search; by: the cost, one of `AXES`. What is far below all of these lies on the lower edge, as triangles.
     """
     figure = Figure(figsize=(7.6, 5.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    path = [] if derived is None else lineage(records, derived)
-    base, named = base_of(records), dict(points or {})
-    marked = [(cost, ap) for cost, ap, _ in evaluated([*path, *([base] if base else [])])] + list(named.values())
-    floor = _floor([ap for _, ap, _ in evaluated(records)], [ap for _, ap in marked])
-    seen = _draw_candidates(axes, records, floor)
-    steps = _draw_steps(axes, records)
+    path = evaluated([] if derived is None else lineage(records, derived), by)
+    found, named = evaluated(records, by), dict(points or {})
+    first = base_of(records)
+    base = evaluated([] if first is None else [first], by)
+    marked = [(cost, ap) for cost, ap, _ in [*path, *base]] + list(named.values())
+    floor = _floor([ap for _, ap, _ in found], [ap for _, ap in marked])
+    seen = _draw_candidates(axes, [each for each in found if each[2] is not first], floor)
+    steps = _draw_steps(axes, evaluated(front(records, by), by), max((cost for cost, _, _ in found), default=0.0))
     labels = _draw_marked(axes, path, base, named)
     if target is not None:
         axes.axvline(target, color=GREY, linestyle=":", linewidth=1.4, label=f"target ratio {target:g}")
     _frame_points(axes, [*seen, *marked], floor, target)
-    label_axes(axes, "latency, ratio to the base", "AP")
+    label_axes(axes, AXES[by], "AP")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    walk = [(cost, POINTS * ap) for cost, ap, _ in evaluated(path)]
+    walk = [(cost, POINTS * ap) for cost, ap, _ in path]
     upright = [] if target is None else [(target, y) for y in axes.get_ylim()]
     write_labels(axes, labels, [(cost, POINTS * ap) for cost, ap in seen], [steps, walk, upright])
     return figure
@@ -81,9 +88,8 @@ def _floor(aps: Sequence[float], marked: Sequence[float]) -> float:
     return min([low, *marked])
 
 
-def _draw_candidates(axes: Axes, records: Sequence[Record], floor: float) -> list[Point]:
+def _draw_candidates(axes: Axes, found: Sequence[Seen], floor: float) -> list[Point]:
     """A light dot a completed candidate, a colour a phase; returns those that are not below the floor."""
-    found = [(cost, ap, record) for cost, ap, record in evaluated(records) if parent_of(record) is not None]
     phases = list(dict.fromkeys(record.phase for _, _, record in found))
     for place, phase in enumerate(phases):
         colour = DOTS[min(place, len(DOTS) - 1)]
@@ -101,27 +107,25 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _draw_steps(axes: Axes, records: Sequence[Record]) -> list[Point]:
-    """The best AP that a latency ratio allows; returns the line's corners."""
-    best = [(cost, POINTS * ap) for cost, ap, _ in evaluated(front(records))]
+def _draw_steps(axes: Axes, best: Sequence[Seen], end: float) -> list[Point]:
+    """The best AP that a cost allows, up to a cost; returns the line's corners."""
     if best:
-        costs, aps = _columns(best)
-        end = max(cost for cost, _, _ in evaluated(records))
+        costs, aps = _columns([(cost, POINTS * ap) for cost, ap, _ in best])
         axes.step([*costs, end], [*aps, aps[-1]], where="post", color=BLUE, linewidth=1.3, label="front", zorder=3)
         return [(x, ap) for low, high, ap in zip(costs, [*costs[1:], end], aps, strict=True) for x in (low, high)]
     return []
 
 
-def _draw_marked(axes: Axes, path: Sequence[Record], base: Record | None, named: Mapping[str, Point]) -> list[Label]:
+def _draw_marked(axes: Axes, path: Sequence[Seen], base: Sequence[Seen], named: Mapping[str, Point]) -> list[Label]:
     """Lineage, base, derived and named detectors; returns their labels, the most important first."""
     labels: list[Label] = []
-    steps = [(cost, POINTS * ap, record.id) for cost, ap, record in evaluated(path)]
+    steps = [(cost, POINTS * ap, record.id) for cost, ap, record in path]
     if steps:
         x, y = [cost for cost, _, _ in steps], [ap for _, ap, _ in steps]
         axes.plot(x, y, "-o", color=ORANGE, linewidth=1.1, markersize=4, alpha=0.9, label="lineage", zorder=4)
         axes.plot(x[-1], y[-1], "*", color=ORANGE, markersize=15, markeredgecolor="white", zorder=6)
         labels.append(Label(f"derived ({steps[-1][2]})", x[-1], y[-1], ORANGE, 9.5))
-    for cost, ap, _ in evaluated([base] if base else []):
+    for cost, ap, _ in base:
         axes.plot(cost, POINTS * ap, "s", color=INK, markersize=8, markeredgecolor="white", zorder=5)
         labels.append(Label("base", cost, POINTS * ap, INK, 9.5))
     for name, (cost, ap) in named.items():
@@ -141,16 +145,16 @@ def _frame_points(axes: Axes, points: Sequence[Point], floor: float, target: flo
     axes.set_ylim(POINTS * floor - 0.4, POINTS * (high + 0.08 * (high - floor)) + 0.4)
 
 
-def draw_hypervolume(records: Sequence[Record]) -> Figure:
+def draw_hypervolume(records: Sequence[Record], by: str = COST) -> Figure:
     """The front's hypervolume against the candidates that have ended; a dot where it grew."""
     figure = Figure(figsize=(7.2, 3.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    data = hypervolume_progress(records)
+    data = hypervolume_progress(records, by)
     values = POINTS * data["hypervolume"].astype("float64")
     grew = values > values.cummax().shift(fill_value=0.0)
     axes.step(data["candidates"], values, where="post", color=BLUE, linewidth=1.6)
     axes.plot(data["candidates"][grew], values[grew], "o", color=BLUE, markersize=4)
-    label_axes(axes, "candidates that have ended", "hypervolume of the front\n(AP × latency ratio)")
+    label_axes(axes, "candidates that have ended", f"hypervolume of the front\n(AP × {AXES[by]})")
     return figure
 
 

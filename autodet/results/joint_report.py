@@ -22,6 +22,7 @@ from autodet.results.joint_plots import (
     teacher_gains,
 )
 from autodet.results.lineage import (
+    COST,
     MARGIN,
     actions_of,
     base_of,
@@ -41,12 +42,12 @@ DASH = "–"
 SAME = "as above"
 DETECTIONS = "detections.png"
 CAPTIONS = {
-    "front.png": "AP against the latency ratio; the steps are the front, the numbered path is the lineage.",
+    "front.png": "AP against the cost; the steps are the front, the numbered path is the lineage.",
     "architectures.png": "Base and derived detector, blocks compared by their place in the stage.",
     "lineage.png": "How the derived detector came about; grey dots are siblings that were not taken further.",
     "teachers.png": "AP gain over the parent by teacher: an association, not an effect. Bars are medians, numbered "
     "orange dots the derived detector's lineage; what lost far more than others lies on the left edge.",
-    "hypervolume.png": f"The area that the front dominates, up to AP 0 and {MARGIN:g} times the base's ratio.",
+    "hypervolume.png": f"The area that the front dominates, up to AP 0 and {MARGIN:g} times the base's cost.",
     DETECTIONS: "The same images seen by each detector.",
 }
 
@@ -64,20 +65,21 @@ def write_joint_report(
 
     derived: number of the candidate that is handed over, None while there is none. table: rows with the same keys,
     None for what is unknown, shown as they are. target: a latency ratio; notes: lines that tell how the detector is
-    used; marks: name → (latency ratio, AP of 0–1 on the search's split) of other detectors in the picture of the front.
+    used; marks: name → (the front's cost, AP of 0–1 on the search's split) of other detectors in its picture.
     Raises LedgerError when it is no run, ValueError when it has no candidate `derived`.
     """
     ledger = Ledger.open(run_dir)
     records = records_from(ledger.events())
     folder = Path(run_dir) if output is None else Path(output)
-    drawn = {name: to_png(figure) for name, figure in joint_figures(records, derived, target, marks).items()}
+    cost = ledger.config.get("options", {}).get("front") or COST
+    drawn = {name: to_png(figure) for name, figure in joint_figures(records, derived, target, marks, cost).items()}
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for name, png in drawn.items():
         atomic_write_bytes(folder / "pictures" / name, png)
     detections = Path(run_dir) / "pictures" / DETECTIONS
     if detections.is_file():
         drawn[DETECTIONS] = detections.read_bytes()
-    frame, title = joint_frame(records), title_of(ledger)
+    frame, title = joint_frame(records, cost), title_of(ledger)
     sections = [
         f"<h1>{page.escape(title)}</h1>",
         page.paragraph(state(Path(run_dir), frame), quiet=True),
@@ -103,21 +105,23 @@ def joint_figures(
     derived: int | None,
     target: float | None = None,
     marks: Mapping[str, tuple[float, float]] | None = None,
+    cost: str = COST,
 ) -> dict[str, Figure]:
-    """The pictures that a search's records allow, by file name."""
+    """The pictures that a search's records allow, by file name. cost: the front's, one of `lineage.COSTS`."""
     drawn: dict[str, Figure] = {}
     if evaluated(records):
-        drawn["front.png"] = draw_front(records, derived, target, marks)
+        drawn["front.png"] = draw_front(records, derived, target if cost == COST else None, marks, cost)
     if derived is not None:
         path = lineage(records, derived)
-        titles = _titled("base", path[0]), _titled("derived", path[-1])
-        drawn["architectures.png"] = draw_architectures(_spec(path[0]), _spec(path[-1]), titles)
+        base = base_of(records) or path[0]
+        titles = _titled("base", base), _titled("derived", path[-1])
+        drawn["architectures.png"] = draw_architectures(_spec(base), _spec(path[-1]), titles)
         drawn["lineage.png"] = draw_lineage(records, derived)
     if (teacher_gains(records)["teacher"] != "none").any():
         drawn["teachers.png"] = draw_teachers(records, derived)
-    progress = hypervolume_progress(records)
+    progress = hypervolume_progress(records, cost)
     if len(progress) > 1 and (progress["hypervolume"] > 0).any():
-        drawn["hypervolume.png"] = draw_hypervolume(records)
+        drawn["hypervolume.png"] = draw_hypervolume(records, cost)
     return drawn
 
 

@@ -97,7 +97,7 @@ def front(records: Iterable[Record], cost: str = COST) -> list[Record]:
 
 
 def lineage(records: Iterable[Record], id: int) -> list[Record]:
-    """The candidate `id` after its parent, and so on: the base comes first. ValueError where one of them is missing."""
+    """The candidate `id` after its parent, and so on: the base or a founder is first. ValueError if one is missing."""
     known = {record.id: record for record in records}
     found: list[Record] = []
     wanted: int | None = id
@@ -117,15 +117,15 @@ def gain_of(record: Record, parent: Record | None) -> float | None:
     return record.ap - parent.ap
 
 
-def joint_frame(records: Sequence[Record]) -> pd.DataFrame:
+def joint_frame(records: Sequence[Record], cost: str = COST) -> pd.DataFrame:
     """One row a candidate, columns `COLUMNS`; missing values where a record has no student or has not ended.
 
     gain: AP minus the parent's. latency_ratio, macs_g (10⁹) and so on: see `records.RelativeCost`. epochs: of the whole
     lineage; seconds: of this candidate's training. pixels: shorter side of the images; proposals: at evaluation, of
-    two-stage detectors. on_front: by latency ratio.
+    two-stage detectors. on_front: by ``cost``.
     """
     known = {record.id: record for record in records}
-    best = {record.id for record in front(records)}
+    best = {record.id for record in front(records, cost)}
     rows = [_row(record, known, record.id in best) for record in records]
     return pd.DataFrame(rows, columns=list(COLUMNS), dtype="object").astype(COLUMNS)
 

@@ -22,14 +22,17 @@ import pytest
 import ray
 import torch
 import upgrade_detector
-from detector_cases import stirred
+from detector_cases import small_spec, stirred
 from joint_presets import joint_preset_of
 from joint_runs import PHASES, SEARCHES, joint_task, limits, locks_name
 from options import main_of
+from upgrading import Stages, given_base, usable_formula
 
 from autodet.data import write_shapes
 from autodet.detectors import DetectorSpec, detect, load_detector, save_detector
+from autodet.detectors.spec import COCO_LABELS
 from autodet.detectors.weights import weights_hash
+from autodet.distill import Formula
 from autodet.joint import JointBench
 from autodet.joint.bench import LOCKS
 from autodet.ledger import Ledger
@@ -139,6 +142,9 @@ def test_the_derived_detector_gives_what_the_run_reported(upgraded: Path) -> Non
     final = json.loads((upgraded / "final.json").read_text())
     row = final["rows"][-1]
     assert final["rows"][0]["detector"] == "base" and row["detector"] == "derived"
+    path = lineage(records_from(Ledger.open(upgraded).events()), final["derived"])
+    before = f"{POOL_EPOCHS} in the pool" if path[0].id == 1 else "given"
+    assert row["epochs"] == before + (f" + {2 * (len(path) - 1)}" if len(path) > 1 else "")
     detector, notes = load_detector(upgraded / "derived.safetensors")
     record = records_from(Ledger.open(upgraded).events())[final["derived"]]
     assert notes["val_ap"] == record.ap and notes["candidate"] == record.id
@@ -168,7 +174,7 @@ def test_report_table_and_onnx_are_there(upgraded: Path, capsys: pytest.CaptureF
 def test_what_inheriting_saves_is_measured(upgraded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measure_inheritance.main(["--run", str(upgraded), "--children", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "the aim is AP" in printed and "scratch over inherited, median" in printed and "prune_" in printed
+    assert "the aim is AP" in printed and "scratch over inherited, of these" in printed and "prune_" in printed
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,12 @@ def test_what_inheriting_saves_is_measured(upgraded: Path, capsys: pytest.Captur
         (["--latency-target", "0"], "above 0"),
         (["--limit", "macs_g=3"], "--limit as macs_g<=1.5"),
         (["--limit", "watts<=3"], "watts"),
+        (["--limit", "latency_ratio<=0.9"], "of latency it is --latency-target"),
+        (["--limit", "macs_g<=nan"], "above 0"),
         (["--cost", "nowhere.py:ms"], "nowhere.py"),
+        (["--cost", "broken.py:ms"], "broken.py cannot be run: ZeroDivisionError"),
+        (["--cost", "other.safetensors:ms"], "no Python file"),
+        (["--base", "renamed.safetensors"], "where names alone differ"),
         (["--search", "pipeline", "--teachers", "none"], "teachers of its own"),
         (["--formula-rate", "3"], "from 0 to 1"),
         (["--formula", "global: l2 * nonsense; " + "global: l2; " * 40], "nonsense"),
@@ -208,6 +219,9 @@ def test_a_mistake_is_found_before_anything_is_trained(
     options = given(tmp_path, tiny_spec)
     other = tiny_spec.with_labels([(index, f"class {index}") for index in range(1, 6)])
     save_detector(tmp_path / "other.safetensors", stirred(other))
+    renamed = tiny_spec.with_labels([(id, name + "s") for id, name in tiny_spec.labels])
+    save_detector(tmp_path / "renamed.safetensors", stirred(renamed))
+    (tmp_path / "broken.py").write_text("1 / 0")
     assert main_of(lambda _: upgrade_detector.main([*options, "--output", "new", *arguments])) == 2
     error = capsys.readouterr().err
     assert "error: " in error and message in error and "Traceback" not in error
@@ -218,6 +232,47 @@ def test_the_smallest_budgets_are_searches() -> None:
     for name in SEARCHES:
         least = 3 if name == "pipeline" else 1
         assert sum(phase.budget for phase in PHASES[name](least)) == least
+
+
+def test_a_base_needs_the_data_that_it_is_for(tmp_path: Path, tiny_spec: DetectorSpec) -> None:
+    save_detector(tmp_path / "base.safetensors", stirred(tiny_spec))
+    options = upgrade_detector.parse(["--base", str(tmp_path / "base.safetensors")])
+    with pytest.raises(ValueError, match=r"base.safetensors without --data"):
+        given_base(options, tiny_spec.labels)
+
+
+def test_cocos_names_must_fit_its_raw_ids(tmp_path: Path, tiny_spec: DetectorSpec) -> None:
+    save_detector(tmp_path / "coco.safetensors", stirred(tiny_spec.with_labels(COCO_LABELS)))
+    options = upgrade_detector.parse(["--base", str(tmp_path / "coco.safetensors"), "--data", str(tmp_path)])
+    detector = given_base(options, [(1, "Person"), (3, "car"), (90, "toothbrush")])
+    assert detector is not None and detector.spec.labels == COCO_LABELS
+    with pytest.raises(ValueError, match=r"the data has \(2, 'WBC'\)"):
+        given_base(options, [(1, "person"), (2, "WBC")])
+
+
+def test_a_formulas_terms_that_cannot_be_compared_are_left_out(tmp_path: Path, tiny_spec: DetectorSpec) -> None:
+    given(tmp_path, tiny_spec)
+    base = tmp_path / "fcos.safetensors"
+    save_detector(base, stirred(small_spec("fcos")))
+    text = "global: l2 * 0.1; logits.roi: l2 * 1"
+    assert usable_formula(Formula.parse(text), tmp_path / "base.safetensors", tmp_path / "pool") == Formula.parse(text)
+    found = usable_formula(Formula.parse(text), base, tmp_path / "pool")
+    assert [term.input for term in found.terms] == ["global"]
+    with pytest.raises(ValueError, match="nothing in it can be compared"):
+        usable_formula(Formula.parse("logits.roi: l2 * 1"), base, tmp_path / "pool")
+    assert usable_formula(Formula(()), base, tmp_path / "pool") == Formula(())
+
+
+def test_a_stages_seconds_are_noted_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upgrading.TICK", 0.05)
+    stages = Stages(tmp_path)
+    with stages.timed("search"):
+        time.sleep(0.4)
+        noted = Stages(tmp_path).seconds["search"]  # what a killed sitting leaves
+        assert noted >= 0.1
+    with stages.timed("search"):
+        pass
+    assert Stages(tmp_path).seconds["search"] >= 0.4
 
 
 def test_a_target_is_a_share_or_milliseconds() -> None:

@@ -121,6 +121,18 @@ def test_terms_that_need_one_image_size_are_left_out_where_sizes_differ(task: Jo
     assert bench.comparable(formula, base.spec.at_size(48), SPACE.smallest) == Formula.parse("global: l2")
 
 
+def test_detectors_with_other_numbers_of_the_categories_have_their_own_data(task: JointTask, base: Detector) -> None:
+    other = base.spec.with_labels(base.spec.labels[::-1])
+    bench = JointBench(task)
+    for spec in (base.spec, other, base.spec):
+        loader = bench.bench(spec).train_loader
+        targets = loader.load(loader.keys(0)[0]).targets
+        alone = JointBench(task).bench(spec).train_loader
+        again = alone.load(alone.keys(0)[0]).targets
+        assert all(torch.equal(ours["labels"], own["labels"]) for ours, own in zip(targets, again, strict=True))
+        assert bench.bench(spec).train_loader.labels == spec.label_map
+
+
 def test_children_see_other_batches_than_their_parents(task: JointTask, base: Detector) -> None:
     loader = JointBench(task).bench(base.spec).train_loader
     assert loader.dealt(1).keys(0) != loader.dealt(2).keys(0)

@@ -51,6 +51,19 @@ def test_every_kind_is_drawn_prints_and_parses(family: str) -> None:
     assert parse_actions(KEEP) == () and actions_text(()) == KEEP
 
 
+def test_sizes_and_proposals_go_by_one_step() -> None:
+    spec = small_spec("faster_rcnn")
+    steps = Steps(sizes=(32, 48, 64, 80, 96), proposals=(5, 10, 20, 50, 100))
+    for pixels, beside in ((64, {48, 80}), (96, {80}), (32, {48}), (70, {64, 80})):
+        at = spec.at_size(pixels)
+        actions = [draw_action(at, random.Random(seed), steps, ["resize"]) for seed in range(40)]
+        assert {action.values[0] for action in actions if action is not None} == beside
+    for count, beside in ((20, {10, 50}), (5, {10}), (200, {100})):
+        at = replace(spec, proposals=(count, count))
+        actions = [draw_action(at, random.Random(seed), steps, ["keep_proposals"]) for seed in range(40)]
+        assert {action.values[0] for action in actions if action is not None} == beside
+
+
 @families
 def test_drawn_actions_give_detectors_that_detect(family: str) -> None:
     parent = parent_of(family)
@@ -108,12 +121,15 @@ def test_settings_are_those_that_a_user_could_set() -> None:
     spec, _ = derive(actions, base, weights, random.Random(0))
     again = with_settings_of(base, spec)
     assert again.neck_width == base.neck_width and again.body == base.body
-    for name in ("min_size", "max_size", "anchor_sizes", "proposals", "proposals_before_nms"):
+    for name in ("min_size", "max_size", "proposals", "proposals_before_nms"):
         assert getattr(again, name) == getattr(spec, name)
+    assert again.anchor_sizes == base.anchor_sizes  # there and back they are rounded twice
     build(again).model.load_state_dict(weights)
     other = replace(parent_of("fcos").spec, min_size=48)
     assert with_settings_of(base, other) == base.at_size(48)
     assert with_settings_of(base, base) == base
+    founder = replace(base, anchor_sizes=tuple(2 * size for size in base.anchor_sizes), max_size=2 * base.max_size)
+    assert with_settings_of(base, replace(founder, proposals=(9, 7))) == replace(base, proposals=(base.proposals[0], 7))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from autodet.results import joint_plots
 from autodet.results.derived_plots import settings_of
 from autodet.results.joint_report import joint_figures, result_table, write_joint_report
 from autodet.results.labels import place_labels
-from autodet.results.lineage import cost_of, front, lineage
+from autodet.results.lineage import actions_of, cost_of, front, lineage
 from autodet.results.plots import to_png
 
 
@@ -46,6 +46,28 @@ def test_front_shows_all_completed_candidates_and_the_lineage(searched: list[Rec
     assert line(figure, "front")[0][:-1] == pytest.approx(best)
     assert line(figure, "target ratio 0.6")[0] == [0.6, 0.6]
     assert {"base", f"derived ({derived})", "base, same settings"} <= set(texts(figure))
+
+
+def test_a_front_by_macs_is_drawn_by_macs(tmp_path: Path) -> None:
+    run = joint_run(tmp_path / "run", small_search(), {"script": "upgrade_detector", "options": {"front": "macs_g"}})
+    records = records_of(small_search())
+    figure = joint_figures(records, 3, 0.6, cost="macs_g")["front.png"]
+    assert figure.axes[0].get_xlabel().startswith("MACs")
+    assert line(figure, "front")[0][:-1] == pytest.approx([cost_of(r, "macs_g") for r in front(records, "macs_g")])
+    assert not any(str(found.get_label()).startswith("target") for found in figure.axes[0].lines)
+    assert "Growth of the front" in write_joint_report(run, 3).read_text()
+
+
+def test_a_founder_is_a_candidate_and_the_base_stays_the_base() -> None:
+    founder = Step(0.5, 0.34, None, "keep", replace(BASE, neck_width=40), 35, phase="founders", teacher=None)
+    records = records_of([base(), founder, Step(0.45, 0.35, 1, "prune_neck(width=32)", epochs=41)])
+    figures = joint_figures(records, 2)
+    dots = sum(len(np.asarray(found.get_offsets())) for found in figures["front.png"].axes[0].collections)
+    assert dots == 2
+    shown = " ".join(axes.get_title() for axes in figures["architectures.png"].axes)
+    shown += " ".join(texts(figures["architectures.png"]))
+    assert "AP 31.0, ratio 1.00" in shown and "AP 34.0" not in shown
+    assert [actions_of(record) for record in lineage(records, 2)] == ["founder", "prune_neck(width=32)"]
 
 
 def test_hopeless_candidates_do_not_squeeze_the_rest() -> None:

@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> int:
             if not finished:
                 print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
                 return INTERRUPTED
-        with stages.timed("report"):
-            finish(folder, search, task, examiner, None if options.base else preset.preset.teaching.epochs)
-        if (locks := task.locks()) is not None:
-            locks.remove()
+    with stages.timed("report"):
+        finish(folder, search, task, examiner, None if options.base else preset.preset.teaching.epochs)
+    if (locks := task.locks()) is not None:
+        locks.remove()
     return 0
 
 

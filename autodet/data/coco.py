@@ -1,7 +1,8 @@
 """COCO data sets in memory: where the files lie, what a split holds, and the ground truth for the evaluation.
 
-Two layouts are recognised: `DIR/<split>.json` with `DIR/images/`, and COCO's own
-`DIR/annotations/instances_<split>2017.json` with `DIR/<split>2017/` (also 2014, and without a year).
+Three layouts are recognised: `DIR/<split>.json` with `DIR/images/`; COCO's own
+`DIR/annotations/instances_<split>2017.json` with `DIR/<split>2017/` (also 2014, and without a year); and that of
+labelling tools, `DIR/<split>/_annotations.coco.json` beside the images (`valid` for val).
 """
 
 import hashlib
@@ -161,7 +162,9 @@ def split_candidates(root: Path, split: str) -> list[SplitFiles]:
         SplitFiles(root / "annotations" / f"instances_{split}{year}.json", root / f"{split}{year}")
         for year in ("2017", "2014", "")
     ]
-    return [SplitFiles(root / f"{split}.json", root / "images"), *coco]
+    folders = [root / name for name in ((split, "valid") if split == "val" else (split,))]
+    beside = [SplitFiles(folder / "_annotations.coco.json", folder) for folder in folders]
+    return [SplitFiles(root / f"{split}.json", root / "images"), *coco, *beside]
 
 
 def read_dataset(

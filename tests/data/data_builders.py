@@ -45,15 +45,19 @@ def write_image(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), seed: int =
 
 
 def write_split(
-    root: Path, split: str, edit: Callable[[Document], object] = lambda content: None, coco_layout: bool = False
+    root: Path, split: str, edit: Callable[[Document], object] = lambda content: None, layout: str = "plain"
 ) -> Path:
     """Write one split, its document changed by `edit`; images are those of the unchanged document."""
     content = document(split)
-    folder = root / f"{split}2017" if coco_layout else root / "images"
+    beside = root / ("valid" if split == "val" else split)
+    path, folder = {
+        "plain": (root / f"{split}.json", root / "images"),
+        "coco": (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
+        "beside": (beside / "_annotations.coco.json", beside),
+    }[layout]
     for number, image in enumerate(content["images"]):
         write_image(folder / image["file_name"], seed=number)
     edit(content)
-    path = root / "annotations" / f"instances_{split}2017.json" if coco_layout else root / f"{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path

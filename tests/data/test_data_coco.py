@@ -1,4 +1,4 @@
-"""Reading: both layouts, every check, and what a sound data set turns into."""
+"""Reading: all layouts, every check, and what a sound data set turns into."""
 
 import copy
 import json
@@ -28,10 +28,10 @@ def failure(root: Path, required: tuple[str, ...] = ("train",)) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("coco_layout", [False, True])
-def test_both_layouts_read_the_same(tmp_path: Path, coco_layout: bool) -> None:
+@pytest.mark.parametrize("layout", ["plain", "coco", "beside"])
+def test_all_layouts_read_the_same(tmp_path: Path, layout: str) -> None:
     for split in ("train", "val"):
-        write_split(tmp_path, split, coco_layout=coco_layout)
+        write_split(tmp_path, split, layout=layout)
     splits = read_dataset(tmp_path)
     assert list(splits) == ["train", "val"]
     train = splits["train"]

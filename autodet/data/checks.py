@@ -23,7 +23,7 @@ READ_THREADS = 8  # the header checks wait for the disk, not for the processor
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 REMEDIES = {
-    "missing data folder": "give the folder that holds train.json and val.json, COCO's annotations/, or train/ and valid/",
+    "missing data folder": "give the folder that holds train.json, COCO's annotations/, or train/ and valid/",
     "missing split": "put one of these files in place, or leave the split out where it is optional",
     "missing image folder": "put the images there or link the folder",
     "empty JSON file": "write the annotations again; the export or download was interrupted",

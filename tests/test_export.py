@@ -126,6 +126,27 @@ def test_a_file_that_disagrees_is_not_written(
     assert [file.name for file in tmp_path.iterdir()] == ["detector.onnx"] and path.read_text() == "an older file"
 
 
+def test_some_images_may_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare, calls = export._differences, []
+
+    def sometimes(found: Any, expected: Any, where: str, longer: int) -> tuple[float, float]:
+        calls.append(where)
+        if where.endswith(("image 2 of 3", "image 1 of 1")):
+            raise ExportError(where)
+        return compare(found, expected, where, longer)
+
+    monkeypatch.setattr(export, "_differences", sometimes)
+    detector, images = tamed("fcos"), [torch.rand(3, 64, 96), torch.rand(3, 60, 40), torch.rand(3, 64, 96)]
+    check = export_onnx(detector, tmp_path / "detector.onnx", images, odd=1)
+    assert (check.images, check.odd) == (2, 1) and len(calls) == 3
+    assert check.detections == sum(len(detect(detector, [images[number]])[0]["boxes"]) for number in (0, 2))
+    with pytest.raises(ExportError, match="image 2 of 3"):
+        export_onnx(detector, tmp_path / "other.onnx", images)
+    with pytest.raises(ExportError, match="image 1 of 1"):
+        export_onnx(detector, tmp_path / "other.onnx", images[:1], odd=3)  # one at least must agree
+    assert not (tmp_path / "other.onnx").exists()
+
+
 def test_the_detector_stays_as_it_is(made: tuple[Detector, Path, OnnxCheck]) -> None:
     detector = made[0]
     before = tamed(detector.spec.family).model.state_dict()

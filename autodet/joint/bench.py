@@ -21,7 +21,7 @@ from autodet.distill.formula import Formula
 from autodet.distill.inputs import comparable_inputs, why_incomparable
 from autodet.distill.teacher import Teacher
 from autodet.evaluation import Quiet
-from autodet.morphism.actions import are_exact, derive
+from autodet.morphism.actions import are_exact, derive, keep_weights
 from autodet.search import Candidate, Student
 from autodet.teachers import Member, TeacherPool
 from autodet.teachers.elastic import Take, copies_of
@@ -32,6 +32,7 @@ from autodet.training.task import OnEpoch, Pace
 
 Fetch = Callable[[str, Path], Take]  # a hash and the file that has it → copies of its tensors
 TEACHERS_AT_HAND = 4
+GENTLE = 0.2  # of the recipe's learning rate, for a child whose weights fit as they are: more only unsettles it [ours]
 LOCKS = Path("/tmp")  # of every process of a machine, whatever its own folder for temporary files is
 
 
@@ -95,12 +96,14 @@ class JointBench:
     def evaluate(self, candidate: Candidate, folder: Path | None, on_epoch: OnEpoch | None = None) -> Outcome:
         """Train a child from its parent's weights, measure it and keep it; the base is only measured.
 
+        One whose weights were changed is trained at the recipe's learning rate, others at `GENTLE` times it.
         Resumes from ``folder`` as ``Workbench.train`` does.
         """
         student = _student(candidate)
         bench = self.bench(student.spec)
         if student.parent is None:
             return self._measured(student, bench)
+        rate = GENTLE if candidate.inherit and keep_weights(student.actions) else 1.0
         with self._pace():
             child = self.child(candidate)
         loader = bench.train_loader.dealt(student.draw)  # every child sees other batches than its parent did
@@ -109,7 +112,7 @@ class JointBench:
         teacher = self._teacher(student.teacher, student.spec) if candidate.formula.terms else None
         extra = bench.distillation(candidate.formula, child, teacher)
         notes = {"lineage_epochs": student.epochs}
-        return bench.train(child, loader, student.draw, extra, notes, folder, on_epoch)
+        return bench.train(child, loader, student.draw, extra, notes, folder, on_epoch, rate)
 
     def child(self, candidate: Candidate) -> Detector:
         """The untrained child: its parent's weights after the actions, or fresh ones where it inherits none."""

@@ -56,8 +56,8 @@ class Examiner:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    def cost(self, detector: Detector) -> RelativeCost:
-        """What a detector costs, beside the base."""
+    def cost(self, detector: Detector, precision: float = PRECISION, rounds: int = MOST_ROUNDS) -> RelativeCost:
+        """What a detector costs, beside the base. precision, rounds: of the timing, see ``measure_latency_ratio``."""
         task = self._bench.task.task
         detector.model.to(task.device).eval()
         images = self._bench.image(detector.spec)
@@ -72,8 +72,8 @@ class Examiner:
                 lambda: detect(self._base, base_images),
                 task.device,
                 task.threads,
-                PRECISION,
-                MOST_ROUNDS,
+                precision,
+                rounds,
             )
         return RelativeCost(found.ratio, found.spread, found.ratio * self.base_ms, macs, params)
 
@@ -89,11 +89,6 @@ class Examiner:
         task, images = self._bench.task.task, self._bench.image(self._base.spec)
         with self._alone():
             return measure_latency(lambda: detect(self._base, images), task.device, threads=task.threads).median_ms
-
-    @property
-    def by_user(self) -> bool:
-        """Whether latency is the user's own measurement."""
-        return self._milliseconds is not None
 
     def _by_user(self, detector: Detector) -> float:
         """The user's measurement, which may be a timing on this machine. ValueError where it fails."""

@@ -126,6 +126,11 @@ def are_exact(actions: Iterable[Action]) -> bool:
     return all(ACTIONS[action.name].exact for action in actions)
 
 
+def keep_weights(actions: Iterable[Action]) -> bool:
+    """Whether all weights stay, for images of the same size."""
+    return all(action.name == "keep_proposals" for action in actions)
+
+
 def draw_action(spec: DetectorSpec, rng: random.Random, steps: Steps, names: Sequence[str]) -> Action | None:
     """A random action among those named whose values suit the detector; None where none was found.
 

@@ -194,7 +194,7 @@ class JointSearch:
         if fine:
             assert ap is not None and weights is not None
             self.weights[id] = weights
-            self._points[id] = Point(id, self.cost_of(self.student(id)), ap)
+            self._points[id] = Point(id, self.cost_of(self.student(id).cost), ap)
 
     def student(self, id: int) -> Student:
         """The student of an ask."""
@@ -202,23 +202,27 @@ class JointSearch:
         assert student is not None
         return student
 
-    def cost_of(self, student: Student) -> float:
-        """The front's cost of a student."""
-        return float(getattr(student.cost, self.settings.cost))
+    def cost_of(self, cost: RelativeCost) -> float:
+        """The one of the front."""
+        return float(getattr(cost, self.settings.cost))
 
     def front(self) -> list[Point]:
         """The archive: what no completed candidate is better than in both aims, by rising cost."""
         return front(self._points.values())
 
-    def best(self) -> Point | None:
-        """What a user is handed of the candidates within the limits, by the aim; None where there is none."""
+    def ranked(self) -> list[Point]:
+        """The candidates within the limits that suit the aim, the best one first."""
         # Not of the front alone, whose cost may not be the limited one.
-        within = [point for point in self._points.values() if self._within(self.student(point.id).cost)]
+        within = [point for point in self._points.values() if self.within(self.student(point.id).cost)]
         if self.settings.aim == "cost":
             base = self._points.get(0)
             within = [point for point in within if base is not None and point.ap >= base.ap]
-            return min(within, key=lambda point: (point.cost, -point.ap, point.id), default=None)
-        return max(within, key=lambda point: (point.ap, -point.cost, -point.id), default=None)
+            return sorted(within, key=lambda point: (point.cost, -point.ap, point.id))
+        return sorted(within, key=lambda point: (-point.ap, point.cost, point.id))
+
+    def best(self) -> Point | None:
+        """The first of them; None where there is none."""
+        return next(iter(self.ranked()), None)
 
     def needed(self) -> set[str]:
         """Hashes of the weights that something may still inherit from, or that a user may choose."""
@@ -279,7 +283,7 @@ class JointSearch:
             only_teacher = self.settings.student <= change < self.settings.student + self.settings.teacher
             changes_teacher = change >= self.settings.student
             # Beyond the limits training alone leads nowhere, and without a choice of teachers nothing else can change.
-            stays = only_teacher and phase.teachers == "searched" and self._within(self.student(parent).cost)
+            stays = only_teacher and phase.teachers == "searched" and self.within(self.student(parent).cost)
             actions: tuple[Action, ...] = ()
             if phase.actions and attempt < attempts and not stays:
                 actions = self._actions(parent, phase, rng)
@@ -341,7 +345,8 @@ class JointSearch:
                 return f"{name} {now:.3g} is above {limit:.3g}, and not below its parent's {before:.3g}"
         return None
 
-    def _within(self, cost: RelativeCost) -> bool:
+    def within(self, cost: RelativeCost) -> bool:
+        """Whether a cost is within all limits."""
         return all(getattr(cost, name) <= limit for name, limit in self.settings.limits.items())
 
     def _generation(self, parent: int) -> int:

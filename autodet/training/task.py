@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,13 +159,18 @@ class Workbench:
         notes: Mapping[str, Any],
         folder: Path | None = None,
         on_epoch: OnEpoch | None = None,
+        rate: float = 1.0,
     ) -> Outcome:
-        """Train any student by the task's recipe, and measure it; else as ``run``. notes: kept with its weights."""
+        """Train any student by the task's recipe, and measure it; else as ``run``.
+
+        notes: kept with its weights. rate: share of the recipe's learning rate.
+        """
         task, started = self.task, time.perf_counter()
+        settings = replace(task.settings, lr=rate * task.settings.lr)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint.pt" if folder is not None else None
-        trainer = Trainer(student, loader, task.settings, seed, extra, checkpoint, task.device)
+        trainer = Trainer(student, loader, settings, seed, extra, checkpoint, task.device)
         measured = steps_of(trainer.model, student.spec)
         metrics, speed, overhead = None, 0.0, 0.0
         for epoch in trainer.epochs():

@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from detector_cases import stirred
 
+from autodet.data import Loader
 from autodet.detectors import Arch, Detector, DetectorSpec, build, load_detector, save_detector
 from autodet.detectors.weights import weights_hash
 from autodet.distill.formula import Formula
 from autodet.joint import Examiner, JointBench, JointTask
 from autodet.joint.archive import remove_strays, remove_unneeded
+from autodet.joint.bench import GENTLE
 from autodet.morphism.actions import Action, derive, parse_actions
 from autodet.records import RelativeCost
 from autodet.search import EMPTY, Ask, Candidate, Examined, JointSearch, JointSettings, Student, joint_phases
 from autodet.teachers import Member, PoolSpace
 from autodet.teachers.pool import save_pool
 from autodet.teachers.statistics import statistics_of
-from autodet.training import Task, TrainSettings
+from autodet.training import Task, Trainer, TrainSettings
 
 COST = RelativeCost(1.0, 0.0, 1.0, 1.0, 1.0)
 SPACE = PoolSpace.parse("basic-=:8..16/8x1-16x1..2-16x1-16x1@64")
@@ -89,6 +92,24 @@ def test_a_child_is_trained_and_kept_under_its_hash(task: JointTask, base: Detec
     assert JointBench(task).bench(kept.spec).measure(kept) == outcome.metrics
     again = JointBench(task).evaluate(asked, None)
     assert again.weights == outcome.weights  # the same from the same seed
+
+
+def test_a_child_whose_weights_fit_is_trained_gently(
+    task: JointTask, base: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    class Watched(Trainer):
+        def __init__(self, detector: Detector, loader: Loader, settings: TrainSettings, *others: Any) -> None:
+            rates.append(settings.lr)
+            super().__init__(detector, loader, settings, *others)
+
+    monkeypatch.setattr("autodet.training.task.Trainer", Watched)
+    for actions, inherit in (("keep", True), ("keep_proposals(count=5)", True), ("resize(pixels=48)", True)):
+        JointBench(task).evaluate(candidate(base, actions, inherit=inherit), None)
+    JointBench(task).evaluate(candidate(base, "keep", inherit=False), None)
+    lr = task.task.settings.lr
+    assert rates == pytest.approx([GENTLE * lr, GENTLE * lr, lr, lr])
 
 
 def test_a_teacher_changes_what_a_child_learns(task: JointTask, base: Detector) -> None:

@@ -2,23 +2,26 @@
 
 command:   python experiments/measure_inheritance.py --run RUN [--children 4]
 hardware:  as the upgrade that RUN holds (its base, data and recipes are used)
-time:      children times one training from scratch; with preset cpu about 5 minutes each on one core
-expected:  seconds and epochs until AP is within a point of the parent's, inherited and from scratch, and their ratio
+time:      with preset cpu about 10 minutes a child on one core
+expected:  the shortest training after which AP is within a point of the parent's, inherited and from scratch: epochs,
+           seconds, and their ratio
 
 RUN is a run of upgrade_detector.py that has a base. Children are the base's by one action that does not preserve its
-function. Inherited ones are trained by the search's recipe for children, over as many epochs as the base's recipe has,
-by which the others are trained. AP is measured after every epoch, and the time of that left out. A training stops as
-soon as it is there; one from scratch that never gets there counts whole, so that the ratio is a lower bound.
+function. Inherited ones are trained by the search's recipe for children, for 0, 1, 2, 4 … epochs; those from scratch by
+the base's recipe, for a quarter to twice of its epochs. Every length is a training of its own, since a learning rate
+that has not come down yet hides what was learned. What no length reaches counts as the longest one: then the ratio is a
+lower bound (from scratch), or the child is left out (inherited).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -27,14 +30,23 @@ from options import main_of, positive
 from runs import data_folder
 from upgrading import BASE
 
-from autodet.detectors import Detector, DetectorSpec, build, load_detector, steps_of
+from autodet.detectors import DetectorSpec, build, load_detector, steps_of
 from autodet.ledger import Ledger
 from autodet.morphism.actions import PRUNING, Action, derive, draw_action
 from autodet.teachers.statistics import measure_statistics
-from autodet.training import Task, Trainer, TrainSettings, Workbench
+from autodet.training import Task, Trainer, Workbench
 
 LOST = 0.01  # of the parent's AP, that a child may lack
-ROUNDED = 0.05  # points, in the table
+NEVER = "never"
+
+
+class Training(NamedTuple):
+    """A training's length, and the AP (0–1) after it."""
+
+    epochs: int
+    seconds: float
+    ap: float
+    reached: bool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,19 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     base.model.to(task.device)
     aim = (Workbench(task).measure(base).ap or 0.0) - LOST
     print(f"parent {base.spec.body}: the aim is AP {aim:.3f}")
-    rows = []
+    longest, rows = task.settings.epochs, []
     for index, action in enumerate(chosen(base.spec, options.children, preset.steps_for(base.spec), options.seed)):
         spec, state = derive([action], base.spec, state_of_base, Random(index))
-        settings = {True: replace(preset.child, epochs=task.settings.epochs), False: task.settings}
-        found = {}
-        for inherit in (True, False):
-            torch.manual_seed(index)
-            child = build(spec)
-            found[inherit] = until(child, state if inherit else None, replace(task, settings=settings[inherit]), aim)
-        rows.append(row_of(action, found[True], found[False]))
+        inherited = shortest(spec, state, replace(task, settings=preset.child), [0, *doubled(1, longest)], aim)
+        scratch = shortest(spec, None, task, doubled(max(1, longest // 4), 2 * longest), aim)
+        rows.append(row_of(action, inherited, scratch))
         print(pd.DataFrame(rows).to_string(index=False), flush=True)
     table = pd.DataFrame(rows)
-    ratios = table["ratio"][table["inherited AP"] >= 100 * aim - ROUNDED]
+    ratios = table["ratio"][table["inherited"] != NEVER]
     print(f"\nof {len(table)} inherited children {len(ratios)} reached the aim; scratch over inherited, of these:")
     print(f"median {ratios.median():.1f} (from {ratios.min():.1f} to {ratios.max():.1f})")
     return 0
@@ -87,39 +95,55 @@ def chosen(spec: DetectorSpec, count: int, steps: Any, seed: int) -> list[Action
     return list(found.values())
 
 
-def until(child: Detector, state: dict[str, torch.Tensor] | None, task: Task, aim: float) -> tuple[float, int, float]:
-    """Seconds and epochs of training until the aim, and the AP then; of weights that are given, or as the child is."""
+def doubled(least: int, most: int) -> list[int]:
+    """least, 2 · least, 4 · least … up to ``most``."""
+    found = [least]
+    while 2 * found[-1] <= most:
+        found.append(2 * found[-1])
+    return found
+
+
+def shortest(
+    spec: DetectorSpec, state: dict[str, torch.Tensor] | None, task: Task, lengths: Sequence[int], aim: float
+) -> Training:
+    """The first of the trainings, by their epochs, that reaches the aim; the last one where none does.
+
+    state: the weights to start from, whose norm statistics are measured anew; None for fresh ones.
+    """
     torch.set_num_threads(1)
-    settings: TrainSettings = task.settings
-    bench = Workbench(replace(task, student=child.spec))
-    started, seconds = time.perf_counter(), 0.0
-    child.model.to(task.device)
-    if state is not None:
-        child.model.load_state_dict(state)
-        measure_statistics(child, bench.train_loader)
-        seconds = time.perf_counter() - started
-        if (ap := bench.measure(child).ap or 0.0) >= aim:
-            return seconds, 0, ap
-    trainer = Trainer(child, bench.train_loader, settings, task.seed, device=task.device)
-    for epoch in trainer.epochs():
-        seconds += sum(epoch.seconds.values())
-        ap = bench.measure(steps_of(trainer.model, child.spec)).ap or 0.0
-        if ap >= aim:
+    bench = Workbench(replace(task, student=spec))
+    found = Training(0, 0.0, 0.0, False)
+    for epochs in lengths:
+        torch.manual_seed(task.seed)
+        child, started = build(spec), time.perf_counter()
+        child.model.to(task.device)
+        if state is not None:
+            child.model.load_state_dict(state)
+            measure_statistics(child, bench.train_loader)
+        if epochs:
+            settings = replace(task.settings, epochs=epochs)
+            trainer = Trainer(child, bench.train_loader, settings, task.seed, device=task.device)
+            for _ in trainer.epochs():
+                pass
+            child = steps_of(trainer.model, spec)
+        seconds, ap = time.perf_counter() - started, bench.measure(child).ap or 0.0
+        found = Training(epochs, seconds, ap, ap >= aim)
+        if found.reached:
             break
-    return seconds, trainer.epoch, ap
+    return found
 
 
-def row_of(action: Action, inherited: tuple[float, int, float], scratch: tuple[float, int, float]) -> dict[str, Any]:
-    """A line of the table."""
+def row_of(action: Action, inherited: Training, scratch: Training) -> dict[str, Any]:
+    """A line of the table: epochs, seconds and AP (points) of both."""
     return {
         "action": str(action),
-        "inherited s": round(inherited[0], 1),
-        "epochs": inherited[1],
-        "inherited AP": round(100 * inherited[2], 1),
-        "scratch s": round(scratch[0], 1),
-        "scratch epochs": scratch[1],
-        "scratch AP": round(100 * scratch[2], 1),
-        "ratio": round(scratch[0] / inherited[0], 1),
+        "inherited": f"{inherited.epochs} epochs" if inherited.reached else NEVER,
+        "seconds": round(inherited.seconds, 1),
+        "AP": round(100 * inherited.ap, 1),
+        "from scratch": f"{scratch.epochs} epochs" if scratch.reached else NEVER,
+        "its seconds": round(scratch.seconds, 1),
+        "its AP": round(100 * scratch.ap, 1),
+        "ratio": round(scratch.seconds / inherited.seconds, 1),
     }
 
 

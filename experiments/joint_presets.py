@@ -31,7 +31,7 @@ class JointPreset:
     per_input: int
     weights: int
     steps: Steps
-    fractions: tuple[float, ...] = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0)
+    fractions: tuple[float, ...] = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0, 13 / 12, 7 / 6)
     founders: int = 4
 
     def inputs_of(self, family: str) -> tuple[str, ...]:

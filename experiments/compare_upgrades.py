@@ -34,16 +34,16 @@ from autodet.results.lineage import evaluated, hypervolume_progress
 from autodet.runtime.cluster import ray_running
 
 FROM_BASE = ["--founders", "0"]
-ARMS = {
+ARMS = {  # controls have no founders by themselves
     "joint": FROM_BASE,
     "founders": [],  # as many as the preset has
     "pipeline": ["--search", "pipeline"],
     "random": ["--search", "random"],
     "no-op": ["--search", "no-op"],
     "no-teacher": ["--teachers", "none"],
-    "largest-teacher": ["--teachers", "largest", *FROM_BASE],
-    "random-teacher": ["--teachers", "random", *FROM_BASE],
-    "fresh-weights": ["--no-inherit", *FROM_BASE],
+    "largest-teacher": ["--teachers", "largest"],
+    "random-teacher": ["--teachers", "random"],
+    "fresh-weights": ["--no-inherit"],
     "changing-formula": ["--formula-rate", "0.3", *FROM_BASE],
 }
 UNTAUGHT = "no-teacher"

@@ -54,10 +54,8 @@ def finish(
     bench, seconds = JointBench(task), json.loads((folder / STAGES).read_text())
     rows = table(detectors, bench, costs, epochs_of(search, chosen.id, base_epochs), seconds)
     save_detections(folder, replace(task.task, teacher=None), {"base": folder / BASE, "derived": folder / DERIVED})
-    target, lines = (
-        search.settings.limits.get("latency_ratio"),
-        [*usage(folder), _export(derived, bench, folder / ONNX)],
-    )
+    target = search.settings.limits.get("latency_ratio")
+    lines = [*usage(folder), _export(derived, bench, folder / ONNX)]
     found = {"derived": chosen.id, "target": target, "rows": rows, "split": task.task.split, "usage": lines}
     atomic_write_json(folder / TABLE, found | {"marks": marks, "seconds": seconds})
     report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks)

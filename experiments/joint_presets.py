@@ -31,7 +31,7 @@ class JointPreset:
     per_input: int
     weights: int
     steps: Steps
-    fractions: tuple[float, ...] = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0, 13 / 12, 7 / 6)
+    fractions: tuple[float, ...] = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0, 13 / 12, 7 / 6, 5 / 4, 4 / 3)
     founders: int = 4
 
     def inputs_of(self, family: str) -> tuple[str, ...]:
@@ -40,8 +40,11 @@ class JointPreset:
         return self.inputs if family == "faster_rcnn" else tuple(dense.get(name, name) for name in self.inputs)
 
     def steps_for(self, base: DetectorSpec) -> Steps:
-        """The sizes of steps from a base: its image size times fractions, in multiples of 16 pixels."""
-        sizes = sorted({max(16, round(base.min_size * share / 16) * 16) for share in self.fractions} | {base.min_size})
+        """The sizes of steps from a base: its image size times fractions, in multiples of 32 pixels.
+
+        torchvision's detectors pad images to such: what lies between costs as much as the next one.
+        """
+        sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in self.fractions} | {base.min_size})
         return replace(self.steps, sizes=tuple(sizes))
 
 

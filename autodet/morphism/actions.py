@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,6 +35,11 @@ class Steps:
     blocks: int = 6
     sizes: tuple[int, ...] = ()
     proposals: tuple[int, ...] = (10, 20, 50, 100, 300)
+
+    def below(self, spec: DetectorSpec) -> Steps:
+        """These steps without the image sizes and proposals that are no fewer than a detector's."""
+        sizes = tuple(size for size in self.sizes if size < spec.min_size)
+        return replace(self, sizes=sizes, proposals=tuple(few for few in self.proposals if few < spec.proposals[1]))
 
     def narrower(self, width: int, rng: random.Random, step: int = 1) -> int | None:
         """A smaller width; None where there is none. step: what it must be a multiple of besides."""
@@ -234,6 +239,7 @@ ACTIONS: dict[str, Kind] = {
 }
 ALL = tuple(ACTIONS)
 PRUNING = ("remove_block", "prune_inner", "prune_stage", "prune_neck", "prune_head", "remove_head_layer")
+TRIMMING = (*PRUNING, "resize", "keep_proposals")  # with steps below a detector's: all that makes it cheaper
 STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", "resize", "keep_proposals")
 
 

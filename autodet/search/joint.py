@@ -15,7 +15,17 @@ from typing import Literal, NamedTuple, Protocol
 
 from autodet.detectors import DetectorSpec
 from autodet.distill.formula import Formula
-from autodet.morphism.actions import ALL, PRUNING, STRUCTURE, Action, Steps, actions_text, check_actions, draw_action
+from autodet.morphism.actions import (
+    ALL,
+    PRUNING,
+    STRUCTURE,
+    TRIMMING,
+    Action,
+    Steps,
+    actions_text,
+    check_actions,
+    draw_action,
+)
 from autodet.pareto import Point, crowding, front
 from autodet.records import RelativeCost
 from autodet.search.candidate import EMPTY, FINISHED, WAIT, Answer, Ask, Candidate, Status, Student, rng_for
@@ -25,7 +35,8 @@ from autodet.teachers import Member, PoolSpace
 TEACHERS = ("searched", "random", "largest", "none")
 COSTS = ("latency_ratio", "macs_g", "params_m")
 ATTEMPTS = 8  # proposals that are turned down before the parent is trained on as it is
-SLACK = 0.03  # of AP, that a parent may lack of the base's where the aim is a cheaper detector as accurate as the base
+SLACK = 0.03  # of AP, that a cheaper parent may lack of the best one's, or of the base's where cost is the aim
+TRIMS = 2  # actions that are added to a child beyond the limits, one after another
 RANDOM_TIMES = 5  # as many attempts where all children are the base's, most of which are beyond a strict limit
 CHEAPER = 0.98  # of its parent's cost, which a child beyond a limit must be below
 BASE, FOUNDERS = "base", "founders"  # the phases of ask 0, and of other students without parents
@@ -251,25 +262,38 @@ class JointSearch:
     def _child(self, phase: Phase) -> Ask:
         number = len(self.asks)
         rejected: list[tuple[str, str]] = []
-        for parent, actions, teacher, formula, draw in self._draws(phase, number):
-            weights = self.weights[parent]
-            before = self.student(parent)
-            # A second timing of the same detector would only differ by chance.
-            examined = self._examine(weights, actions, draw) if actions else Examined(before.spec, before.cost)
-            if isinstance(examined, str):
-                reason: str | None = examined
-            elif (reason := self._refused(examined.cost, before.cost, actions, phase)) is None:
-                epochs = self.settings.epochs + (before.epochs if self.settings.inherit else 0)
-                student = Student(examined.spec, actions, parent, weights, teacher, draw, examined.cost, epochs)
-                taught = EMPTY if teacher is None else self._comparable(formula, examined.spec, teacher)
-                if not taught.terms:
-                    student = replace(student, teacher=None)
-                candidate = Candidate(taught, self.settings.inherit, 0, student)
-                candidate = Candidate(taught, self.settings.inherit, self._arms.get(candidate.arm, 0), student)
-                asked = (number, candidate, phase.name, phase.name, self._generation(parent), (parent,), "child")
-                return Ask(*asked, tuple(rejected))  # type: ignore[arg-type]
-            rejected.append((actions_text(actions), str(reason)))
+        for parent, drawn, teacher, formula, draw in self._draws(phase, number):
+            for actions in self._trimmed(parent, drawn, phase, draw):
+                weights = self.weights[parent]
+                before = self.student(parent)
+                # A second timing of the same detector would only differ by chance.
+                examined = self._examine(weights, actions, draw) if actions else Examined(before.spec, before.cost)
+                if isinstance(examined, str):
+                    rejected.append((actions_text(actions), examined))
+                    break
+                reason = self._refused(examined.cost, before.cost, actions, phase)
+                if reason is None:
+                    candidate = self._candidate(parent, actions, examined, teacher, formula, draw)
+                    asked = (number, candidate, phase.name, phase.name, self._generation(parent), (parent,), "child")
+                    return Ask(*asked, tuple(rejected))  # type: ignore[arg-type]
+                rejected.append((actions_text(actions), reason))
         raise AssertionError("the last draw is the parent as it is, which cannot be refused")
+
+    def _candidate(
+        self,
+        parent: int,
+        actions: tuple[Action, ...],
+        examined: Examined,
+        teacher: Member | None,
+        formula: Formula,
+        draw: int,
+    ) -> Candidate:
+        epochs = self.settings.epochs + (self.student(parent).epochs if self.settings.inherit else 0)
+        taught = EMPTY if teacher is None else self._comparable(formula, examined.spec, teacher)
+        inherited = (parent, self.weights[parent], teacher if taught.terms else None)
+        student = Student(examined.spec, actions, *inherited, draw, examined.cost, epochs)
+        candidate = Candidate(taught, self.settings.inherit, 0, student)
+        return replace(candidate, replicate=self._arms.get(candidate.arm, 0))
 
     def _draws(
         self, phase: Phase, number: int
@@ -303,7 +327,7 @@ class JointSearch:
     def _leads_on(self, point: Point, best: Point | None) -> bool:
         """Whether a point of the front may still lead to a better one for the aim."""
         if self.settings.aim == "accuracy":
-            return best is None or point.cost >= best.cost
+            return best is None or point.cost >= best.cost or point.ap >= best.ap - SLACK
         base = self._points.get(0)
         return base is None or point.ap >= base.ap - SLACK
 
@@ -315,6 +339,24 @@ class JointSearch:
             if action is not None:
                 found.setdefault(action.name, action)
         return tuple(found.values())
+
+    def _trimmed(
+        self, parent: int, actions: tuple[Action, ...], phase: Phase, draw: int
+    ) -> Iterator[tuple[Action, ...]]:
+        """The actions, and with one after another that makes the child cheaper, for where it is beyond the limits.
+
+        So that a child can grow in one place and pay for it in another, though its parent is at the limit [ours].
+        """
+        yield actions
+        spec, rng = self.student(parent).spec, Random(draw)
+        smaller = self.settings.steps.below(spec)
+        for _ in range(TRIMS if actions else 0):
+            names = [name for name in TRIMMING if name in phase.actions and all(a.name != name for a in actions)]
+            action = draw_action(spec, rng, smaller, names) if names else None
+            if action is None:
+                return
+            actions = (*actions, action)
+            yield actions
 
     def _teacher(self, parent: int, phase: Phase, changes: bool, rng: Random) -> Member | None:
         if phase.teachers == "none" or self._teachers is None:

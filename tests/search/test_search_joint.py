@@ -169,6 +169,31 @@ def test_over_the_limit_only_what_is_on_its_way_down_is_trained() -> None:
     assert any("has no heads" in reason for ask in search.asks for _, reason in ask.rejected)
 
 
+class LargerImagesCostMore(World):
+    def __call__(self, weights: str, actions: Sequence[Action], draw: int) -> Examined | str:
+        found = super().__call__(weights, actions, draw)
+        assert isinstance(found, Examined)
+        sizes = [action.values[0] for action in actions if action.name == "resize"]
+        spec = replace(found.spec, min_size=sizes[0]) if sizes else found.spec
+        ratio = cost_of(spec).latency_ratio * (0.5 + 0.5 * spec.min_size / BASE.min_size)
+        return Examined(spec, replace(cost_of(spec), latency_ratio=ratio))
+
+
+def test_a_child_beyond_the_limit_pays_in_another_place_for_what_it_has_grown() -> None:
+    world = LargerImagesCostMore()
+    phase = Phase("joint", 40, ("resize", "prune_stage"))
+    steps = replace(STEPS, sizes=(48, BASE.min_size, 72))
+    search = search_of(world=world, limits={"latency_ratio": 1.0}, phases=(phase,), steps=steps, most_actions=1)
+    run(search, world)
+    paid = [ask for ask in search.asks if len(student_of(ask).actions) > 1]
+    assert any(student_of(ask).actions[0].values == (72,) for ask in paid)
+    for ask in paid:
+        first, *more = student_of(ask).actions
+        assert search.student(ask.id).cost.latency_ratio <= 1.0 and len(more) <= 2
+        assert any(text == str(first) and "is above" in reason for text, reason in ask.rejected)
+        assert all(action.name != "resize" or action.values[0] < 72 for action in more)
+
+
 def test_parents_are_on_the_front_of_their_moment() -> None:
     world = World()
     search = search_of(world=world)

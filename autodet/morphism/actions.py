@@ -59,12 +59,15 @@ Draw = Callable[[DetectorSpec, random.Random, Steps], Iterable[int | None]]
 
 
 class Kind(NamedTuple):
-    """An action's function, the names of its values, how these are drawn, and whether detections stay the same."""
+    """An action's function, the names of its values, how these are drawn, whether detections stay the same, and how
+    often it is drawn beside the others.
+    """
 
     apply: Callable[..., Morph]
     names: tuple[str, ...]
     draw: Draw
     exact: bool = False
+    often: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,10 @@ def keep_weights(actions: Iterable[Action]) -> bool:
 def draw_action(spec: DetectorSpec, rng: random.Random, steps: Steps, names: Sequence[str]) -> Action | None:
     """A random action among those named whose values suit the detector; None where none was found.
 
-    Kinds are drawn evenly, then their values. Whether the detector can undergo it is for ``derive`` to say.
+    Kinds are drawn as often as they say, then their values. Whether the detector can undergo it, ``derive`` says.
     """
     for _ in range(TRIES):
-        name = rng.choice(list(names))
+        (name,) = rng.choices(list(names), [ACTIONS[name].often for name in names])
         values = tuple(ACTIONS[name].draw(spec, rng, steps))
         if None not in values:
             return Action(name, tuple(int(value) for value in values if value is not None))
@@ -234,7 +237,8 @@ ACTIONS: dict[str, Kind] = {
     "prune_neck": Kind(pruning.prune_neck, ("width",), _neck),
     "prune_head": Kind(pruning.prune_head, ("width",), _head),
     "remove_head_layer": Kind(blocks.remove_head_layer, (), _head_layer),
-    "resize": Kind(settings.resize, ("pixels",), _size),
+    # An image's size is what most of a detector's accuracy and time can be traded by.
+    "resize": Kind(settings.resize, ("pixels",), _size, often=3),
     "keep_proposals": Kind(settings.keep_proposals, ("count",), _proposals, exact=True),
 }
 ALL = tuple(ACTIONS)

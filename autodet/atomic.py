@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autodet.object_store import Changed, place_of
+
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -28,7 +30,19 @@ def atomic_write_bytes(path: Path | str, data: bytes, *, overwrite: bool = True)
 
     With `overwrite=False` an existing file is kept and FileExistsError raised, also when two processes race.
     Raises WriteError (an OSError with the same errno) when the disk is full or the folder cannot be written.
+    In a copy of a folder of an object store the content is put there first, and StoreError raised where it cannot be.
     """
+    place = place_of(Path(path))
+    if place is not None:
+        try:
+            place.write(data, new=not overwrite)
+        except Changed as error:
+            raise FileExistsError(str(error)) from error
+    write_here(path, data, overwrite=overwrite)
+
+
+def write_here(path: Path | str, data: bytes, *, overwrite: bool = True) -> None:
+    """Write to this machine's disk alone; else as `atomic_write_bytes`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:

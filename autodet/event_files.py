@@ -9,7 +9,9 @@ import re
 import time
 from pathlib import Path
 
+from autodet.atomic import atomic_write_bytes
 from autodet.records import Event, check_payload
+from autodet.working_copy import discard
 
 VERSION = 1
 EVENTS = "events"
@@ -133,7 +135,8 @@ def set_aside(path: Path) -> None:
     folder = path.parent / "damaged"
     folder.mkdir(exist_ok=True)
     target = folder / f"{path.stem}.{time.time_ns()}.json"  # a number may be damaged more than once
-    os.replace(path, target)
+    atomic_write_bytes(target, path.read_bytes())
+    discard(path)
     logger.warning(
         "%s was damaged, probably by a crash or a full disk; moved to %s; its work is done again", path, target
     )

@@ -17,9 +17,11 @@ from pathlib import Path
 from types import TracebackType
 
 from autodet.atomic import atomic_write_json
+from autodet.object_store import Changed, Place, place_of
 
 RENEW_SECONDS = 5.0
 LAPSE_SECONDS = 30.0  # six renewals: a paused or swapping driver keeps its run
+LONG_AGO = 600.0  # seconds by which no two machines' clocks differ
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +50,16 @@ class Lease:
     """Exclusive right to write to a run folder, kept in FOLDER/lease.json and renewed by a background thread.
 
     Taken over at once from a dead process of this machine (or one whose number was given to another process),
-    after `LAPSE_SECONDS` without a renewal from any other. Else the constructor raises LeaseHeld.
+    after `LAPSE_SECONDS` without a renewal from any other. Else the constructor raises LeaseHeld. Where the folder is a
+    copy of one in an object store, the lease is there, and the constructor watches that long whether it is renewed.
     """
 
     def __init__(
         self, folder: Path, renew_seconds: float = RENEW_SECONDS, lapse_seconds: float = LAPSE_SECONDS
     ) -> None:
         self.path = folder / "lease.json"
+        place = place_of(self.path)
+        self._file: _LocalFile | _StoredFile = _LocalFile(self.path) if place is None else _StoredFile(place)
         self._lapse_seconds = lapse_seconds
         pid = os.getpid()
         self._holder = Holder(
@@ -62,14 +67,17 @@ class Lease:
         )
         with self.locked():
             self._refuse_if_held()
-            atomic_write_json(self.path, asdict(self._holder))
+            try:
+                self._file.write(self._holder)
+            except Changed as error:
+                raise LeaseHeld(f"{error} Another driver has just begun with this run; stop one of them.") from error
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._renew_forever, args=(renew_seconds,), daemon=True, name="lease")
         self._thread.start()
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease on disk is still this one."""
-        holder = read_holder(self.path)
+        holder = self._file.read()
         if holder is None or holder.token != self._holder.token:
             taken = "is gone" if holder is None else f"was taken over by process {holder.pid} on {holder.host}"
             raise LeaseLost(
@@ -77,17 +85,9 @@ class Lease:
                 "Stop it, and resume the run once no other driver is at work"
             )
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the folder's short lock, so that checking the lease and acting on it is one step."""
-        descriptor = os.open(self.path.with_name("lease.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # A file system without locks leaves the lease itself and the ledger's refusal to overwrite an event.
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return self._file.locked()
 
     def release(self) -> None:
         """Give the lease back; does nothing when it is already another's or was given back before."""
@@ -97,9 +97,9 @@ class Lease:
         if os.getpid() != self._holder.pid:  # a forked child must not give its parent's lease away
             return
         with self.locked():
-            holder = read_holder(self.path)
+            holder = self._file.read()
             if holder is not None and holder.token == self._holder.token:
-                self.path.unlink(missing_ok=True)
+                self._file.remove()
 
     def __enter__(self) -> Lease:
         return self
@@ -110,11 +110,11 @@ class Lease:
         self.release()
 
     def _refuse_if_held(self) -> None:
-        holder = read_holder(self.path)
+        holder = self._file.read()
         if holder is None:
             return
         age = max(0.0, time.time() - holder.heartbeat)
-        if age > self._lapse_seconds or _is_dead(holder):
+        if _is_dead(holder) or self._file.lapsed(holder, self._lapse_seconds):
             logger.info(
                 "taking over the lease of process %d on %s, last renewed %.0f s ago", holder.pid, holder.host, age
             )
@@ -131,9 +131,9 @@ class Lease:
             try:
                 with self.locked():
                     self.check()
-                    atomic_write_json(self.path, asdict(replace(self._holder, heartbeat=time.time())))
+                    self._file.write(replace(self._holder, heartbeat=time.time()))
                 warned = False
-            except LeaseLost as error:
+            except (LeaseLost, Changed) as error:
                 logger.error("%s", error)
                 return
             except OSError as error:  # a full disk must not end the renewals: it may be cleared
@@ -142,10 +142,91 @@ class Lease:
                 warned = True
 
 
+class _LocalFile:
+    """lease.json on a disk, under the lock of a file beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        descriptor = os.open(self.path.with_name("lease.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # A file system without locks leaves the lease itself and the ledger's refusal to overwrite an event.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> Holder | None:
+        return read_holder(self.path)
+
+    def write(self, holder: Holder) -> None:
+        atomic_write_json(self.path, asdict(holder))
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def lapsed(self, holder: Holder, seconds: float) -> bool:
+        """By the clock, which machines that share a disk agree on well enough."""
+        return time.time() - holder.heartbeat > seconds
+
+
+class _StoredFile:
+    """lease.json in an object store. It is only written in place of the version that was read, so that of two drivers
+    that find it free, or lapsed, one fails with Changed.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._version: str | None = None
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        with self._lock:
+            yield
+
+    def read(self) -> Holder | None:
+        found = self.place.read()
+        self._version = None if found is None else found[1]
+        return None if found is None else _holder_of(found[0], str(self.place))
+
+    def write(self, holder: Holder) -> None:
+        data = json.dumps(asdict(holder)).encode()
+        self._version = self.place.write(data, instead_of=self._version, new=self._version is None)
+
+    def remove(self) -> None:
+        self.place.remove()
+
+    def lapsed(self, holder: Holder, seconds: float) -> bool:
+        """By watching whether it is renewed: clocks of machines anywhere may differ."""
+        if time.time() - holder.heartbeat > LONG_AGO:
+            return True
+        logger.info("waiting %.0f s to see whether process %d on %s is at work", seconds, holder.pid, holder.host)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(min(1.0, seconds / 10))
+            if self.place.version() != self._version:
+                return False
+        return True
+
+
 def read_holder(path: Path) -> Holder | None:
     """The holder named in a lease file; None when there is no file or it cannot be read as one."""
+    place = place_of(path)
+    if place is not None:
+        return _StoredFile(place).read()
     try:
-        data = json.loads(path.read_text())
+        return _holder_of(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return None
+
+
+def _holder_of(content: bytes, name: str) -> Holder | None:
+    try:
+        data = json.loads(content)
         return Holder(
             str(data["host"]),
             str(data["machine"]),
@@ -154,10 +235,8 @@ def read_holder(path: Path) -> Holder | None:
             str(data["token"]),
             float(data["heartbeat"]),
         )
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s) and counts as no lease", path, error)
+        logger.warning("%s is damaged (%s) and counts as no lease", name, error)
         return None
 
 

@@ -28,6 +28,7 @@ from autodet.results.guidance_tables import text_of
 from autodet.results.joint_report import write_joint_report
 from autodet.results.plots import draw_rank_agreement, to_png
 from autodet.results.report import comparison, state, write_report
+from autodet.working_copy import local_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="folder of a run, or of several")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write there and leave the run's folder alone")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="all candidates of all runs as one table")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="rows of the leaderboard (default: 10)")

@@ -36,6 +36,7 @@ from autodet.results.frame import paired_differences, read_run
 from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import EMPTY, Candidate
+from autodet.working_copy import local_path
 
 RECORDED = ("run", "rivals", "formula", "transfer", "tune", "split", "fraction", "seed")
 EXTENDABLE = ("workers", "seeds")
@@ -74,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed comparison are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=Path, help="a finished run of search_distiller.py")
+    add("--run", type=local_path, help="a finished run of search_distiller.py")
     add("--formula", help="compare this formula instead of the one that the run found")
     other = "formulas of these finished searches become arms too"
     add("--transfer", nargs="+", type=absolute, default=[], metavar="RUN", help=other)

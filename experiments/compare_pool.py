@@ -36,6 +36,7 @@ from autodet.runtime.plain_training import train_side_by_side
 from autodet.teachers import Member
 from autodet.teachers.pool import PoolError, TeacherPool, read_members
 from autodet.training import Workbench
+from autodet.working_copy import local_path
 
 RECORDED = ("run", "members", "split", "seed")
 EXTENDABLE = ("workers", "also", "seeds")
@@ -79,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed comparison are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=Path, help="a finished run of train_teacher_pool.py")
+    add("--run", type=local_path, help="a finished run of train_teacher_pool.py")
     add("--members", type=positive, default=12, help="how many are also trained alone (default: 12)")
     add("--seeds", type=positive, help="trainings of each member alone (default: 1)")
     add("--also", nargs="+", type=absolute, metavar="RUN", help="further pools, in which the members are measured too")

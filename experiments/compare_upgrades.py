@@ -32,6 +32,7 @@ from autodet.records import records_from
 from autodet.results.intervals import mean_interval
 from autodet.results.lineage import evaluated, hypervolume_progress
 from autodet.runtime.cluster import ray_running
+from autodet.working_copy import local_path
 
 FROM_BASE = ["--founders", "0"]
 ARMS = {  # controls have no founders by themselves
@@ -92,9 +93,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = common_options(__doc__ or "")
     data_options(parser)
     add = parser.add_argument
-    add("--base", type=Path, help="the detector, as for upgrade_detector.py")
+    add("--base", type=local_path, help="the detector, as for upgrade_detector.py")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
-    add("--pool", type=Path, help="of teachers, by train_teacher_pool.py")
+    add("--pool", type=local_path, help="of teachers, by train_teacher_pool.py")
     add("--formula", help="what teachers teach by: a formula, or a run of search_distiller.py")
     add("--latency-target", type=share, default=0.75, help="share of the base's latency (default: 0.75)")
     add("--budget", type=positive, default=18, help="children of every run (default: 18)")

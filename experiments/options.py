@@ -16,12 +16,15 @@ import torch
 
 from autodet.detectors.spec import FAMILIES
 from autodet.lease import LeaseHeld, LeaseLost
-from autodet.ledger import Ledger, LedgerError
+from autodet.ledger import Ledger, LedgerError, is_run
+from autodet.object_store import is_url, place_of
 from autodet.search.session import MachineError
 from autodet.training import Diverged
+from autodet.working_copy import local_path
 
 USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost, MachineError, Diverged)
 INTERRUPTED = 130
+LOCAL = ("data", "cache")
 PATHS = ("data", "cache", "teacher", "start", "run", "base", "pool")
 
 
@@ -31,8 +34,10 @@ def common_options(
     """The options that every script which trains has. workers: the type of --workers, a whole number unless given."""
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     add = parser.add_argument
-    add("--output", type=Path, help="the run's folder (default: runs/<script>-<time>)")
-    add("--resume", type=Path, metavar="RUN", help="continue a run with its own settings")
+    place = "a path, or s3://… or gs://…"
+    add("--output", type=local_path, metavar="RUN", help=f"the run's folder: {place} (default: runs/<script>-<time>)")
+    add("--resume", type=local_path, metavar="RUN", help="continue a run with its own settings")
+    add("--or-resume", action="store_true", help="continue the run in --output where there is one: for restarting jobs")
     add("--seed", type=int, default=0, help="decides every random choice (default: 0)")
     if runs_ray:
         add("--address", default="local", help="'auto' inside a Ray cluster; 'local' (default) starts Ray here")
@@ -92,6 +97,14 @@ def parsed(
     ValueError where RUN is another script's, or an option is given that a resumed run cannot change.
     """
     options = parser.parse_args(argv)
+    for name in LOCAL:
+        if is_url(str(getattr(options, name, None))):
+            raise ValueError(
+                f"--{name} {getattr(options, name)}: every machine reads from its own disk. Copy it to the same path "
+                "on all of them, and name that."
+            )
+    if options.or_resume and options.output is not None and is_run(options.output):
+        options.resume, options.output = options.output, None
     if options.resume is None:
         return options
     config = Ledger.open(options.resume).config
@@ -109,7 +122,7 @@ def parsed(
                 f"{flag} {given} with --resume: the run was started with {old}. Leave it out, or start anew."
             )
         else:
-            values[name] = Path(old) if name in PATHS and old is not None else old
+            values[name] = local_path(old) if name in PATHS and old is not None else old
     return argparse.Namespace(**(vars(options) | values))
 
 
@@ -119,7 +132,9 @@ def recorded(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
 
 
 def _plain(value: Any) -> Any:
-    return str(value.resolve()) if isinstance(value, Path) else value
+    if not isinstance(value, Path):
+        return value
+    return str(place_of(value) or value.resolve())
 
 
 def main_of(script: Callable[[list[str] | None], int]) -> int:

@@ -53,6 +53,7 @@ from autodet.joint import Examiner, JointBench
 from autodet.ledger import Ledger
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.search.joint import COSTS, TEACHERS
+from autodet.working_copy import local_path
 
 RECORDED = (
     *("preset", "family", "data", "cache", "base", "base_size", "latency_target", "limit", "pool", "formula"),
@@ -109,7 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = common_options(__doc__ or "")
     data_options(parser)
     add = parser.add_argument
-    add("--base", type=Path, help="the detector: a file of ours or a torchvision state dict (default: train one)")
+    add("--base", type=local_path, help="the detector: a file of ours or a torchvision state dict (default: train one)")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
     add(
         "--latency-target",
@@ -123,7 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME<=X",
         help="macs_g<=X or params_m<=X; as with a target, the most accurate detector within it is handed back",
     )
-    add("--pool", type=Path, help="of teachers, by train_teacher_pool.py (default: train one)")
+    add("--pool", type=local_path, help="of teachers, by train_teacher_pool.py (default: train one)")
     add(
         "--formula",
         type=formula_text,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from autodet.search import JointSearch
+from autodet.working_copy import discard
 
 
 def remove_unneeded(folder: Path, search: JointSearch) -> list[str]:
@@ -26,5 +27,5 @@ def remove_strays(folder: Path, search: JointSearch) -> list[str]:
 
 def _removed(path: Path) -> bool:
     existed = path.exists()
-    path.unlink(missing_ok=True)
+    discard(path)
     return existed

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from autodet.object_store import COPIED
 from autodet.runtime.weight_cache import drop_caches
 from autodet.search.session import MachineError
 
@@ -51,10 +52,10 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     on_terminate = signal.getsignal(signal.SIGTERM)
-    if address == "auto":
-        ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
-    else:
-        ray.init(num_cpus=cpus, logging_level=logging.WARNING, log_to_driver=False)
+    where: dict[str, Any] = {"address": "auto"} if address == "auto" else {"num_cpus": cpus}
+    variables = {COPIED: os.environ[COPIED]} if COPIED in os.environ else {}
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    ray.init(**where, **quiet, runtime_env={"env_vars": variables})
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the process at once
     try:

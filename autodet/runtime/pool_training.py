@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import tempfile
 import threading
@@ -21,12 +20,14 @@ from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
 
 from autodet.atomic import atomic_write_bytes
+from autodet.object_store import place_of
 from autodet.search.session import MachineError
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.teachers.trainer import PoolTrainer
 from autodet.teachers.workers import DistributedWorkers
 from autodet.training import Diverged
 from autodet.training.checkpoint import load_checkpoint
+from autodet.working_copy import discard, fetch
 
 CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.jsonl"  # in the run's folder: a line an epoch, rewritten from the history, so that none is twice
@@ -47,7 +48,7 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
     ``WORKER_FAILURES`` times, KeyboardInterrupt on Ctrl-C.
     """
     folder = run_folder.resolve()
-    (folder / DIVERGED).unlink(missing_ok=True)
+    discard(folder / DIVERGED)
     threads = task.task.threads
     scaling: dict[str, Any] = {  # Ray's own types are still those before elastic training
         "num_workers": workers,
@@ -57,7 +58,7 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
     }
     run = train.RunConfig(
         name=TRAIN_FOLDER,
-        storage_path=str(folder),
+        storage_path=str(place_of(folder) or folder),  # Ray's own way to a store, for checkpoints of several machines
         failure_config=train.FailureConfig(max_failures=WORKER_FAILURES),
         checkpoint_config=train.CheckpointConfig(num_to_keep=2),
     )
@@ -66,6 +67,7 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
         train_on_worker, train_loop_config=config, scaling_config=train.ScalingConfig(**scaling), run_config=run
     )
     result = _fit(trainer)
+    fetch(folder / DIVERGED)
     if (folder / DIVERGED).exists():
         raise Diverged((folder / DIVERGED).read_text())
     assert result.checkpoint is not None  # every epoch left one
@@ -113,9 +115,8 @@ def rescued(folder: Path) -> str | None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove from a run's folder what only a training that goes on needs: checkpoints, gigabytes of a large pool."""
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    for leftover in (folder / TRAIN_FOLDER, *folder.glob(f"{CUT_OFF}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (folder / CHECKPOINT, folder / TRAIN_FOLDER, *folder.glob(f"{CUT_OFF}*")):
+        discard(leftover)
 
 
 def train_on_worker(config: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from autodet.runtime.trial import ENVIRONMENT, METRIC, make_trainable
 from autodet.search.candidate import FINISHED, WAIT, Answer, Ask, Candidate
 from autodet.search.session import MachineError, Session
 from autodet.training import Task
+from autodet.working_copy import discard
 
 WORKER_FAILURES = 3  # a lost worker's candidate goes on from its checkpoint this many times before it counts as failed
 
@@ -61,7 +61,8 @@ class SessionSearcher(Searcher):
         session.guarded(lambda: session.tell(number, payload, lost), None)
         if session.broken is not None:
             return
-        shutil.rmtree(self._checkpoints / f"{number:06d}", ignore_errors=True)  # told: nothing resumes from it
+        # Told: nothing resumes from it.
+        session.guarded(lambda: discard(self._checkpoints / f"{number:06d}"), None)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a resumed run builds its search from the ledger."""

@@ -17,6 +17,7 @@ from autodet.data import Batch, Loader
 from autodet.detectors import Dense, Detector, Features, Inputs
 from autodet.training.checkpoint import load_checkpoint, save_checkpoint
 from autodet.training.settings import TrainSettings, make_optimizer
+from autodet.working_copy import fetch
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -98,6 +99,8 @@ class Trainer:
         self.averaged = _averaged(detector.model, settings.ema) if settings.ema else None
         self.steps_per_epoch = len(loader.keys(0))
         self.epoch = 0
+        if checkpoint is not None:
+            fetch(checkpoint)  # another machine may have trained on
         if checkpoint is not None and checkpoint.exists():
             self.load(checkpoint)
 

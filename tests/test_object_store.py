@@ -1,0 +1,288 @@
+"""Runs in an object store, on an S3-compatible server: what is written, who may write, and what a mistake says."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from s3_server import SETTINGS, free_port, make_bucket, s3_server
+
+from autodet import lease as lease_module
+from autodet import object_store
+from autodet.atomic import atomic_write_bytes
+from autodet.detectors.weights import load_weights, save_weights
+from autodet.lease import Lease, LeaseHeld, LeaseLost
+from autodet.ledger import Ledger, LedgerError
+from autodet.object_store import COPIED, Changed, Place, StoreError, copies, declare_copy, place_of
+from autodet.working_copy import ROOT, discard, fetch, fetch_missing, local_path, update
+
+NUMBERS = count()
+ASKED = {"candidate": {"formula": "none", "inherit": False, "replicate": 0}, "phase": "divide", "group": "global"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def url(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder in a bucket of its own; copies lie below tmp_path."""
+    for name, value in (SETTINGS | {"AWS_ENDPOINT_URL": server, ROOT: str(tmp_path / "copies")}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(COPIED, "{}")
+    object_store._store.cache_clear()
+    bucket = f"bucket-{next(NUMBERS)}"
+    make_bucket(server, bucket)
+    return f"s3://{bucket}/runs/a"
+
+
+def other_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run's copy on a machine that has never seen it."""
+    monkeypatch.setenv(ROOT, f"{os.environ[ROOT]}-{next(NUMBERS)}")
+    monkeypatch.setenv(COPIED, "{}")
+    return local_path(url)
+
+
+def test_paths_are_paths_and_urls_are_copies(url: str, tmp_path: Path) -> None:
+    assert local_path("runs/a") == Path("runs/a")
+    folder = local_path(url)
+    assert folder == tmp_path / "copies" / url.replace("://", "/")
+    assert copies() == {str(folder): url}
+    assert place_of(folder / "events" / "x.json") == Place(url, "events/x.json")
+    assert place_of(folder) == Place(url, "") and str(place_of(folder)) == url
+    assert place_of(tmp_path) is None and place_of(Path("runs/a")) is None
+
+
+def test_an_object_is_created_once_and_replaced_only_as_it_was_seen(url: str) -> None:
+    place = Place(url, "a/b.json")
+    assert place.read() is None and place.version() is None
+    first = place.write(b"1", new=True)
+    with pytest.raises(Changed, match="another process"):
+        place.write(b"2", new=True)
+    second = place.write(b"2", instead_of=first)
+    with pytest.raises(Changed, match="another process"):
+        place.write(b"3", instead_of=first)
+    assert place.read() == (b"2", second) and place.version() == second
+
+
+def test_a_write_whose_answer_was_lost_and_that_is_repeated_has_succeeded(url: str) -> None:
+    place = Place(url, "event.json")
+    version = place.write(b"mine", new=True)
+    assert place.write(b"mine", new=True) == version
+    replaced = place.write(b"next", instead_of=version)
+    assert place.write(b"next", instead_of=version) == replaced
+
+
+def test_what_is_written_into_a_copy_is_in_the_store(url: str) -> None:
+    folder = local_path(url)
+    folder.mkdir(parents=True)
+    atomic_write_bytes(folder / "a.json", b"content")
+    found = Place(url, "a.json").read()
+    assert found is not None and found[0] == b"content" == (folder / "a.json").read_bytes()
+    with pytest.raises(FileExistsError):
+        atomic_write_bytes(folder / "a.json", b"other", overwrite=False)
+    assert (folder / "a.json").read_bytes() == b"content"
+
+
+def test_another_machine_sees_the_same_files(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    for name in ("config.json", "events/00000000-asked-000000.json", "weights/abc.safetensors", "trials/000001/c.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(folder / name, name.encode())
+    other = other_machine(url, monkeypatch)
+    names = {path.relative_to(other).as_posix() for path in other.rglob("*") if path.is_file()}
+    assert names == {"config.json", "events/00000000-asked-000000.json", "weights/abc.safetensors"}
+    assert all((other / name).read_bytes() == name.encode() for name in names)
+    fetch(other / "trials/000001/c.pt")  # by the trial that goes on from it
+    assert (other / "trials/000001/c.pt").read_bytes() == b"trials/000001/c.pt"
+
+
+def test_a_copy_that_was_left_behind_is_brought_up_to_date(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    folder.mkdir(parents=True)
+    atomic_write_bytes(folder / "config.json", b"old")
+    atomic_write_bytes(folder / "gone.json", b"old")
+    place = Place(url, "config.json")
+    place.write(b"new")
+    Place(url, "gone.json").remove()
+    (folder / "never-recorded.json").write_bytes(b"of a write that failed")
+    update(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"config.json": b"new"}
+
+
+def test_what_never_changes_is_fetched_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    (folder / "events").mkdir(parents=True)
+    for number in range(3):
+        atomic_write_bytes(folder / "events" / f"{number}.json", b"event")
+    read: list[str] = []
+    whole = Place.read
+
+    def counted(place: Place) -> tuple[bytes, str] | None:
+        read.append(place.key)
+        return whole(place)
+
+    monkeypatch.setattr(Place, "read", counted)
+    (folder / "events" / "1.json").unlink()
+    update(folder)
+    assert read == ["events/1.json"]
+
+
+def test_weights_are_fetched_by_whoever_reads_them(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    (folder / "weights").mkdir(parents=True)
+    other = other_machine(url, monkeypatch)  # which made its copy before the weights were there
+    monkeypatch.setenv(COPIED, os.environ[COPIED])
+    assert not (other / "weights" / "a.safetensors").exists()
+    Place(url, "weights/a.safetensors").write(_saved(folder))
+    state, notes = load_weights(other / "weights" / "a.safetensors")
+    assert torch.equal(state["x"], torch.arange(3.0)) and notes == {"n": 1}
+
+
+def _saved(folder: Path) -> bytes:
+    path = folder.parent / "elsewhere.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(path, {"x": torch.arange(3.0)}, {"n": 1})
+    return path.read_bytes()
+
+
+def test_a_file_of_weights_can_be_named_by_its_url(url: str, tmp_path: Path) -> None:
+    Place(url, "base.safetensors").write(_saved(local_path(url)))
+    state, _ = load_weights(local_path(f"{url}/base.safetensors"))
+    assert list(state) == ["x"]
+
+
+def test_removing_goes_to_the_store_as_well(url: str) -> None:
+    folder = local_path(url)
+    (folder / "trials" / "000001").mkdir(parents=True)
+    for name in ("trials/000001/a", "trials/000001/b", "kept"):
+        atomic_write_bytes(folder / name, b"")
+    discard(folder / "trials" / "000001")
+    discard(folder / "absent")
+    assert [key for key, _ in Place(url, "").files()] == ["kept"]
+    assert not (folder / "trials" / "000001").exists()
+    discard(folder / "kept")
+    assert not list(Place(url, "").files()) and not (folder / "kept").exists()
+    fetch_missing(folder / "kept")
+    assert not (folder / "kept").exists()
+
+
+def test_a_run_goes_on_on_another_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    with Ledger.create(folder, {"seed": 1}) as ledger:
+        for number in range(3):
+            ledger.append("asked", number, ASKED)
+        before = ledger.events()
+    other = other_machine(url, monkeypatch)
+    with Ledger.resume(other, {"seed": 1}) as resumed:
+        assert resumed.events() == before
+        resumed.append("told", 0, {"status": "completed", "ap": 0.5, "epochs": 1, "seconds": 1.0})
+    declare_copy(folder, url)
+    update(folder)
+    assert Ledger.open(folder).events()[:3] == before and len(Ledger.open(folder).events()) == 4
+
+
+def test_a_second_driver_is_refused_and_takes_over_what_has_lapsed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    folder.mkdir(parents=True)
+    first = Lease(folder, renew_seconds=0.1)
+    monkeypatch.setattr(lease_module, "_is_dead", lambda holder: False)  # as on another machine
+    with pytest.raises(LeaseHeld, match="process"):
+        Lease(other_machine(url, monkeypatch), lapse_seconds=1.5)
+    first._closing.set()  # its machine hangs
+    first._thread.join()
+    other = other_machine(url, monkeypatch)
+    with Lease(other, renew_seconds=0.1, lapse_seconds=0.5) as second:
+        second.check()
+        with pytest.raises(LeaseLost, match="taken over"):
+            first.check()
+        first.release()
+        second.check()
+    assert Place(url, "lease.json").read() is None
+
+
+def test_of_two_drivers_that_begin_at_once_one_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(Lease, "_refuse_if_held", lambda lease: None)  # both have looked, and found it free
+    with Lease(folder), pytest.raises(LeaseHeld, match="has just begun"):
+        Lease(folder)
+
+
+def test_a_renewal_does_not_overwrite_another_drivers_lease(url: str) -> None:
+    folder = local_path(url)
+    folder.mkdir(parents=True)
+    lease = Lease(folder, renew_seconds=1000)
+    Place(url, "lease.json").write(b'{"host": "b"}')
+    with pytest.raises(Changed):
+        lease._file.write(lease._holder)
+    lease.release()
+
+
+def test_an_event_that_the_store_did_not_take_is_not_recorded(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    with Ledger.create(folder, {}) as ledger:
+        ledger.append("asked", 0, ASKED)
+        whole = Place.write
+
+        def failing(place: Place, *args: object, **options: object) -> str:
+            if place.key.startswith("events/"):
+                raise StoreError("the network is down")
+            return whole(place, *args, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Place, "write", failing)
+        with pytest.raises(OSError, match="network is down"):
+            ledger.append("asked", 1, ASKED)
+        assert len(ledger.events()) == 1 and len(list((folder / "events").iterdir())) == 1
+        monkeypatch.setattr(Place, "write", whole)
+        ledger.append("asked", 1, ASKED)
+    update(folder)
+    assert [event.id for event in Ledger.open(folder).events()] == [0, 1]
+
+
+class Forbidden(BaseHTTPRequestHandler):
+    """A store that permits nothing."""
+
+    def _refuse(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+        self.wfile.write(b"<Error><Code>AccessDenied</Code></Error>")
+
+    do_GET = do_PUT = do_HEAD = do_POST = _refuse  # noqa: N815 - http.server's names
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_mistakes_say_what_to_do(url: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match="s3://no-such-bucket/x: there is no such bucket"):
+        local_path("s3://no-such-bucket/x")
+    for wrong in ("ftp://host/x", "s3://", "s3:///"):
+        with pytest.raises(ValueError, match="expected a folder in an object store"):
+            local_path(wrong)
+    with pytest.raises(LedgerError, match="found no config"):
+        Ledger.open(local_path(url))
+
+
+def test_a_store_that_forbids_or_cannot_be_reached(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "RETRY_SECONDS", 1)
+    refusing = HTTPServer(("127.0.0.1", 0), Forbidden)
+    threading.Thread(target=refusing.serve_forever, daemon=True).start()
+    for port, expected in ((refusing.server_port, "not permitted"), (free_port(), "cannot be used")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        object_store._store.cache_clear()
+        with pytest.raises(StoreError, match=expected) as caught:
+            local_path(url)
+        assert "AWS_SECRET_ACCESS_KEY" in str(caught.value) or "network" in str(caught.value)
+        assert "test" not in str(caught.value).split("AWS_")[0], "no secret in a message"
+    refusing.shutdown()
+    refusing.server_close()
+    object_store._store.cache_clear()

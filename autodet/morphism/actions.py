@@ -135,8 +135,8 @@ def are_exact(actions: Iterable[Action]) -> bool:
 
 
 def keep_weights(actions: Iterable[Action]) -> bool:
-    """Whether all weights stay, for images of the same size."""
-    return all(action.name == "keep_proposals" for action in actions)
+    """Whether all weights stay as they are."""
+    return all(action.name in SETTINGS for action in actions)
 
 
 def draw_action(spec: DetectorSpec, rng: random.Random, steps: Steps, names: Sequence[str]) -> Action | None:
@@ -237,13 +237,14 @@ ACTIONS: dict[str, Kind] = {
     "prune_neck": Kind(pruning.prune_neck, ("width",), _neck),
     "prune_head": Kind(pruning.prune_head, ("width",), _head),
     "remove_head_layer": Kind(blocks.remove_head_layer, (), _head_layer),
-    # An image's size is what most of a detector's accuracy and time can be traded by.
+    # The image's size trades the most of a detector's accuracy and time.
     "resize": Kind(settings.resize, ("pixels",), _size, often=3),
     "keep_proposals": Kind(settings.keep_proposals, ("count",), _proposals, exact=True),
 }
 ALL = tuple(ACTIONS)
 PRUNING = ("remove_block", "prune_inner", "prune_stage", "prune_neck", "prune_head", "remove_head_layer")
-TRIMMING = (*PRUNING, "resize", "keep_proposals")  # with steps below a detector's: all that makes it cheaper
+SETTINGS = ("resize", "keep_proposals")  # which anyone could change on a detector
+TRIMMING = (*PRUNING, *SETTINGS)  # with steps below a detector's: all that makes it cheaper
 STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", "resize", "keep_proposals")
 
 

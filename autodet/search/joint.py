@@ -18,6 +18,7 @@ from autodet.distill.formula import Formula
 from autodet.morphism.actions import (
     ALL,
     PRUNING,
+    SETTINGS,
     STRUCTURE,
     TRIMMING,
     Action,
@@ -117,8 +118,14 @@ class JointSettings:
 
 
 def joint_phases(budget: int, actions: Sequence[str] = ALL) -> tuple[Phase, ...]:
-    """Joint-DetNAS: student and teacher together, all the time."""
-    return (Phase("joint", budget, tuple(actions)),)
+    """Joint-DetNAS: student and teacher together, all the time; a fifth of it on the detector's settings, first.
+
+    Settings keep all weights, so their children are soon trained, and which widths are best depends on them [ours].
+    """
+    settings = tuple(name for name in SETTINGS if name in actions)
+    first = budget // 5 if settings else 0
+    phases = (Phase("settings", first, settings),) if first else ()
+    return (*phases, Phase("joint", budget - first, tuple(actions)))
 
 
 def pipeline_phases(budget: int) -> tuple[Phase, ...]:

@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]),
         ray_running(options.address, cpus=workers * source.preset.threads),
     ):
-        records = run_list([(c, "grid") for c in candidates], task, folder / "trainings", workers, "table")
+        records = run_list(
+            [(c, "grid") for c in candidates], task, folder / "trainings", workers, "table", source.preset.gpus
+        )
     if records is None:
         print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
         return INTERRUPTED

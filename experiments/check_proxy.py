@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         start_or_resume(folder, config, extendable),
         ray_running(options.address, cpus=workers * source.preset.threads),
     ):
-        records = run_list(candidates, task, folder / "long", workers, "long")
+        records = run_list(candidates, task, folder / "long", workers, "long", source.preset.gpus)
     if records is None:
         print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
         return INTERRUPTED

@@ -106,7 +106,7 @@ def tune_rivals(
         for name, formulas in variants.items()
         for formula in formulas
     ]
-    records = run_list(candidates, source.task, folder, workers, "tune")
+    records = run_list(candidates, source.task, folder, workers, "tune", source.preset.gpus)
     if records is None:
         return None
     best = {name: max(formulas, key=lambda f: mean_ap(records, f)) for name, formulas in variants.items()}
@@ -127,7 +127,7 @@ def compare(
     seeds = range(options.seeds or source.preset.seeds)
     # Seed by seed, so that an interrupted comparison holds complete pairs.
     candidates = [(Candidate(f, inherit, seed), name) for seed in seeds for name, (f, inherit) in arms.items()]
-    return run_list(candidates, task, folder, workers, "compare") is not None
+    return run_list(candidates, task, folder, workers, "compare", source.preset.gpus) is not None
 
 
 def without_twins(arms: Mapping[str, tuple[Formula, bool]]) -> dict[str, tuple[Formula, bool]]:

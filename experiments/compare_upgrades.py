@@ -23,7 +23,19 @@ import pandas as pd
 import upgrade_detector
 from finishing import TABLE
 from joint_presets import joint_preset_of
-from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded, share
+from options import (
+    INTERRUPTED,
+    common_options,
+    data_options,
+    main_of,
+    new_folder,
+    parsed,
+    placement_arguments,
+    placement_options,
+    positive,
+    recorded,
+    share,
+)
 from runs import start_or_resume
 
 from autodet.atomic import atomic_write_bytes
@@ -50,19 +62,10 @@ ARMS = {  # controls have no founders by themselves
 UNTAUGHT = "no-teacher"
 VALUES = {"val": "AP val", "test": "AP", "latency": "latency %", "volume": "hypervolume"}
 RECORDED = (
-    "preset",
-    "family",
-    "data",
-    "cache",
-    "base",
-    "base_size",
-    "pool",
-    "formula",
-    "latency_target",
-    "budget",
-    "seed",
+    *("preset", "family", "data", "cache", "base", "base_size", "pool", "formula", "latency_target", "budget", "seed"),
+    "cpus_per_trial",
 )
-EXTENDABLE = ("workers", "arms", "seeds")
+EXTENDABLE = ("workers", "gpus_per_trial", "arms", "seeds")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,6 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed comparison are the recorded ones, except arms, seeds and workers."""
     parser = common_options(__doc__ or "")
     data_options(parser)
+    placement_options(parser)
     add = parser.add_argument
     add("--base", type=local_path, help="the detector, as for upgrade_detector.py")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
@@ -117,15 +121,15 @@ def run_once(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> 
 
 def arguments(folder: Path, arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The command line of an arm's run."""
-    workers = [] if options.workers is None else ["--workers", str(options.workers)]
+    placement = placement_arguments(options)
     if is_run(folder):
-        return ["--resume", str(folder), "--address", options.address, *workers]
+        return ["--resume", str(folder), "--address", options.address, *placement]
     names = ["preset", "family", "data", "cache", "base", "base_size", "latency_target", "budget", "address"]
     if arm != UNTAUGHT:
         names += ["pool", "formula"]
     given = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
     found = [str(part) for name, value in given.items() if value is not None for part in (name, value)]
-    return [*found, "--seed", str(seed), "--output", str(folder), *ARMS[arm], *workers]
+    return [*found, "--seed", str(seed), "--output", str(folder), *ARMS[arm], *placement]
 
 
 def row_of(folder: Path, arm: str, seed: int) -> dict[str, Any]:

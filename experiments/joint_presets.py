@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, replace
 
 from presets import Preset, preset_of, recipe
@@ -33,6 +34,11 @@ class JointPreset:
     steps: Steps
     fractions: tuple[float, ...] = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0, 13 / 12, 7 / 6, 5 / 4, 4 / 3)
     founders: int = 4
+
+    def placed(self, options: argparse.Namespace) -> JointPreset:
+        """With the workers, CPUs and GPUs that a command line gives."""
+        placed = self.preset.placed(options.cpus_per_trial, options.gpus_per_trial)
+        return replace(self, preset=replace(placed, workers=options.workers or placed.workers))
 
     def inputs_of(self, family: str) -> tuple[str, ...]:
         """The knowledge inputs to search: responses first, which mean the same in any two detectors of a family."""

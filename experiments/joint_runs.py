@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from joint_presets import JointPreset
+from presets import Preset
 
 from autodet.atomic import atomic_write_bytes
 from autodet.detectors import DetectorSpec, load_detector, save_detector
@@ -188,11 +189,11 @@ def recorded_base_ms(ledger: Ledger) -> float | None:
     return None if base is None else float(base["cost"]["latency_ms"])
 
 
-def run_search(ledger: Ledger, search: JointSearch, task: JointTask, folder: Path, workers: int) -> bool:
+def run_search(ledger: Ledger, search: JointSearch, task: JointTask, folder: Path, preset: Preset) -> bool:
     """Run the search's children; False if interrupted."""
     session = Session(ledger, search, told_of(search, Path(str(task.task.weights))))
     remove_strays(Path(str(task.task.weights)), search)
-    run_session(session, task, folder, workers, gpus_per_trial=float(task.task.device == "cuda"))
+    run_session(session, task, folder, preset.workers, gpus_per_trial=preset.gpus)
     ledger.write_views()
     return session.finished
 

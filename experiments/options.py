@@ -56,6 +56,20 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     add("--cache", type=Path, default=Path("runs/cache"), help=cache)
 
 
+def placement_options(parser: argparse.ArgumentParser) -> None:
+    """What each training takes of a cluster."""
+    add = parser.add_argument
+    add("--cpus-per-trial", type=positive, help="threads of a training, and CPUs that Ray keeps for it (the preset's)")
+    add("--gpus-per-trial", type=share, help="of a GPU that a training takes: 0.5 lets two share one (1 where used)")
+
+
+def placement_arguments(options: argparse.Namespace) -> list[str]:
+    """The same, and the number of workers, as the command line of another script."""
+    names = ("workers", "cpus_per_trial", "gpus_per_trial")
+    given = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
+    return [str(part) for name, value in given.items() if value is not None for part in (name, value)]
+
+
 def positive(text: str) -> int:
     """A whole number above 0, as an option's type."""
     value = int(text)

@@ -51,7 +51,19 @@ class Preset:
     seeds: int = 5
     workers: int = 2
     threads: int = 1
+    gpus: float = 0.0
     device: str = "cpu"
+
+    def placed(self, cpus: int | None, gpus: float | None) -> Preset:
+        """With the CPUs and GPUs that a trial takes, where given. ValueError for GPUs that it has no use for."""
+        return replace(self, threads=cpus or self.threads, gpus=gpus_of(gpus, self.device))
+
+
+def gpus_of(given: float | None, device: str) -> float:
+    """The share of a GPU that a training takes. ValueError where it computes on none."""
+    if given is not None and device != "cuda":
+        raise ValueError(f"--gpus-per-trial {given:g}: this preset computes on the CPU. Leave it out.")
+    return (given or 1.0) if device == "cuda" else 0.0
 
 
 def preset_of(name: str, family: str = "faster_rcnn", teacher_family: str | None = None) -> Preset:
@@ -121,6 +133,7 @@ def gpu(family: str, teacher_family: str) -> Preset:
         search=divide(per_input=60, weights=60, population=12),
         workers=1,
         threads=8,
+        gpus=1.0,
         device="cuda",
     )
 

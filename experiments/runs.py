@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,7 @@ def teacher_task(preset: Preset, task: Task, folder: Path) -> Task:
         weights=str((folder / "teacher").resolve()),
         seed=task.seed,
         device=preset.device,
-        threads=preset.workers * preset.threads,
+        threads=all_threads(preset),
     )
 
 
@@ -97,6 +98,11 @@ def save_search(folder: Path, task: Task, found: Best, control: float | None) ->
     atomic_write_json(folder / "found.json", values)
 
 
+def all_threads(preset: Preset) -> int:
+    """What a training that runs alone on this machine uses: of all that run side by side, as many as there are here."""
+    return max(1, min(preset.workers * preset.threads, os.cpu_count() or 1))
+
+
 def read_search(folder: Path) -> SearchRun:
     """A finished run of search_distiller.py; ValueError where it is another's, or has not finished."""
     config = Ledger.open(folder).config
@@ -106,6 +112,7 @@ def read_search(folder: Path) -> SearchRun:
         raise ValueError(f"{folder} has not finished. Finish it first: search_distiller.py --resume {folder}")
     options = config["options"]
     preset = preset_of(options["preset"], options["family"], options["teacher_family"])
+    preset = preset.placed(options.get("cpus_per_trial"), options.get("gpus_per_trial"))
     fraction = options["full_fraction"]
     return SearchRun(
         folder=folder,
@@ -137,17 +144,17 @@ def full_task(
 
 
 def run_list(
-    candidates: Sequence[tuple[Candidate, str]], task: Task, folder: Path, workers: int, phase: str
+    candidates: Sequence[tuple[Candidate, str]], task: Task, folder: Path, workers: int, phase: str, gpus: float
 ) -> list[Record] | None:
     """Train a list of (candidate, arm) as a run of its own inside another's folder; None if interrupted.
 
-    Starts or resumes; Ray must be running. Each training's record is in ``folder``'s ledger.
+    Starts or resumes; Ray must be running. Each training's record is in ``folder``'s ledger. gpus: that each takes.
     """
     arms = [[arm, candidate.to_json()] for candidate, arm in candidates]
     config = {"script": phase, "task": json.loads(task.to_json()), "arms": arms}
     with start_or_resume(folder, config, extendable=("arms",)) as ledger:
         session = Session(ledger, FixedList(candidates, phase), say_candidate(len(candidates)))
-        run_session(session, task, folder, workers, gpus_per_trial=float(task.device == "cuda"))
+        run_session(session, task, folder, workers, gpus_per_trial=gpus)
         return ledger.write_views() if session.finished else None
 
 

@@ -20,7 +20,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-from options import INTERRUPTED, common_options, data_options, main_of, new_folder, parsed, positive, recorded, share
+from options import (
+    INTERRUPTED,
+    common_options,
+    data_options,
+    main_of,
+    new_folder,
+    parsed,
+    placement_options,
+    positive,
+    recorded,
+    share,
+)
 from pictures import save_student_pictures
 from presets import Preset, preset_of
 from runs import (
@@ -56,10 +67,10 @@ from autodet.training import Task, Workbench
 RECORDED = (
     *("preset", "family", "teacher_family", "data", "cache", "teacher", "teacher_size", "student", "start", "seed"),
     *("inputs", "inherit", "normalise", "search", "conquer", "proxy_size", "proxy_epochs", "proxy_rate", "fraction"),
-    *("full_fraction", "students"),
+    *("full_fraction", "students", "cpus_per_trial"),
 )
 STARTING_WEIGHT = 10.0  # of a normalised published formula: tuned, they ended between 5 and 50
-EXTENDABLE = ("workers", "budget_per_input", "weights_budget")
+EXTENDABLE = ("workers", "gpus_per_trial", "budget_per_input", "weights_budget")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "search-distiller")
     check_address(options.address)
     preset = adjusted(preset_of(options.preset, options.family, options.teacher_family), options)
+    preset = preset.placed(options.cpus_per_trial, options.gpus_per_trial)
     task = full_size_task(preset, options)
     proxy = replace(task, student=task.student.at_size(options.proxy_size)) if options.proxy_size else task
     inputs = chosen_inputs(options.inputs, proxy.student, teacher_spec(preset, task, options))
@@ -90,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         search = make_search(preset, proxy, inputs, options)
         with ray_running(options.address, cpus=workers * preset.threads):
             session = Session(ledger, search, say_candidate(search.budget))
-            run_session(session, proxy, folder, workers, gpus_per_trial=float(preset.device == "cuda"))
+            run_session(session, proxy, folder, workers, gpus_per_trial=preset.gpus)
             ledger.write_views()
             if not session.finished:
                 print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
@@ -116,6 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed run are the recorded ones, except budgets, workers and address."""
     parser = common_options(__doc__ or "")
     data_options(parser)
+    placement_options(parser)
     add = parser.add_argument
     add(
         "--teacher",
@@ -256,7 +269,7 @@ def train_students(
     arms["found"] = Candidate(found.formula, inherit)
     weights = str((folder / "weights").resolve())
     full = replace(task, settings=preset.full, fraction=preset.full_fraction, checks=(), weights=weights)
-    records = run_list([(c, name) for name, c in arms.items()], full, folder, workers, "students")
+    records = run_list([(c, name) for name, c in arms.items()], full, folder, workers, "students", preset.gpus)
     if records is None:
         return None
     for record in records:

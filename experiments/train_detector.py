@@ -18,7 +18,7 @@ from pathlib import Path
 
 from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from presets import Preset, preset_of
-from runs import checked_labels, data_folder, say_epoch, start_or_resume
+from runs import all_threads, checked_labels, data_folder, say_epoch, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import DetectorSpec, detect, load_detector
@@ -73,7 +73,7 @@ def plain_task(options: argparse.Namespace, preset: Preset, folder: Path) -> Tas
         weights=str((folder / "weights").resolve()),
         seed=options.seed,
         device=preset.device,
-        threads=preset.workers * preset.threads,
+        threads=all_threads(preset),
     )
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
+from options import common_options, data_options, main_of, new_folder, parsed, placement_options, positive, recorded
 from pool_presets import PoolPreset, pool_preset_of
-from presets import preset_of
+from presets import gpus_of, preset_of
 from runs import checked_labels, data_folder, start_or_resume
 
 from autodet.data import BatchKey
@@ -52,9 +52,9 @@ from autodet.training import Task
 
 RECORDED = (
     *("preset", "family", "data", "cache", "space", "schedule", "formula", "parts", "check_every", "members"),
-    "seed",
+    *("seed", "cpus_per_trial"),
 )
-EXTENDABLE = ("workers",)
+EXTENDABLE = ("workers", "gpus_per_trial")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     config["task"] = json.loads(task.to_json())
     bench = PoolBench(task)
     bench.trainer()  # a formula or a space that does not suit is refused here
-    gpus = float(task.task.device == "cuda")
+    gpus = gpus_of(options.gpus_per_trial, task.task.device)
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
         save_picture(folder / "pictures" / "schedule.png", draw_schedule(task.pool.schedule.steps))
         if not (folder / "pool" / MEMBERS).exists():
@@ -94,6 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed training are the recorded ones, except workers and address."""
     parser = common_options(__doc__ or "", workers=worker_text)
     data_options(parser)
+    placement_options(parser)
     add = parser.add_argument
     add("--space", help="of members, as a PoolSpace's text (default: the preset's)")
     add("--schedule", help="as a Schedule's text (default: the preset's, progressive shrinking)")
@@ -145,7 +146,7 @@ def pool_task(options: argparse.Namespace, preset: PoolPreset) -> PoolTask:
         fixed_batches=False,
         seed=options.seed,
         device=preset.device,
-        threads=preset.threads,
+        threads=options.cpus_per_trial or preset.threads,
     )
     check_every = options.check_every or preset.check_every
     return PoolTask(task, space, PoolSettings(schedule, formula, options.parts), check_every)

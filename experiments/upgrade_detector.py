@@ -29,6 +29,7 @@ from options import (
     main_of,
     new_folder,
     parsed,
+    placement_options,
     positive,
     recorded,
 )
@@ -58,8 +59,9 @@ from autodet.working_copy import local_path
 RECORDED = (
     *("preset", "family", "data", "cache", "base", "base_size", "latency_target", "limit", "pool", "formula"),
     *("normalise", "search", "teachers", "founders", "inherit", "formula_rate", "epochs", "front", "cost", "seed"),
+    "cpus_per_trial",
 )
-EXTENDABLE = ("workers", "budget")
+EXTENDABLE = ("workers", "gpus_per_trial", "budget")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     data = data_folder(options, preset_of(options.preset, options.family))
     labels = checked_labels(data)
     given = None if (folder / BASE).exists() else given_base(options, labels)
-    preset = joint_preset_of(options.preset, family_of(folder, given, options.family))
+    preset = joint_preset_of(options.preset, family_of(folder, given, options.family)).placed(options)
     milliseconds = None if options.cost is None else user_cost(options.cost)
     config = {
         "script": "upgrade_detector",
@@ -81,8 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]) as ledger:
         stages = Stages(folder)
-        workers = options.workers or preset.preset.workers
-        with ray_running(options.address, cpus=workers * preset.preset.threads):
+        with ray_running(options.address, cpus=preset.preset.workers * preset.preset.threads):
             base = base_stage(options, preset, given, data, labels, folder, stages)
             pool = None if options.teachers == "none" else pool_stage(options, preset, base, data, folder, stages)
             formula = Formula(())
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
                 base_ms = recorded_base_ms(ledger)
                 examiner = Examiner(JointBench(task), keep_base(task, base), milliseconds, base_ms)
                 search = make_search(options, preset, task, examiner, formula, pool)
-                finished = run_search(ledger, search, task, folder, workers)
+                finished = run_search(ledger, search, task, folder, preset.preset)
             if not finished:
                 print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
                 return INTERRUPTED
@@ -109,6 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed run are the recorded ones, except budget, workers and address."""
     parser = common_options(__doc__ or "")
     data_options(parser)
+    placement_options(parser)
     add = parser.add_argument
     add("--base", type=local_path, help="the detector: a file of ours or a torchvision state dict (default: train one)")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")

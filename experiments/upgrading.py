@@ -20,8 +20,9 @@ import search_distiller
 import torch
 import train_teacher_pool
 from joint_presets import JointPreset
+from options import placement_arguments
 from pool_presets import pool_preset_of
-from runs import read_search, say_epoch
+from runs import all_threads, read_search, say_epoch
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from autodet.atomic import atomic_write_json
@@ -117,7 +118,7 @@ def base_stage(
         weights=str((folder / "base").resolve()),
         seed=options.seed,
         device=preset.preset.device,
-        threads=preset.preset.workers * preset.preset.threads,
+        threads=all_threads(preset.preset),
     )
     with stages.timed("base"):
         os.replace(train_plain(task, folder / "base", say_epoch("base")), path)
@@ -167,14 +168,14 @@ def pool_stage(
 
 def pool_arguments(options: argparse.Namespace, preset: JointPreset, base: Path, data: Path, run: Path) -> list[str]:
     """The command line of train_teacher_pool.py for a base."""
-    workers = [] if options.workers is None else ["--workers", str(options.workers)]
+    placement = placement_arguments(options)
     if is_run(run):
-        return ["--resume", str(run), "--address", options.address, *workers]
+        return ["--resume", str(run), "--address", options.address, *placement]
     spec = load_detector(base)[0].spec
     pool = pool_preset_of(options.preset, spec.family)
     space = replace(pool.space, sizes=(spec.min_size,))
     found = ["--preset", options.preset, "--family", spec.family, "--data", str(data), "--cache", str(options.cache)]
-    found += ["--seed", str(options.seed), "--output", str(run), "--address", options.address, *workers]
+    found += ["--seed", str(options.seed), "--output", str(run), "--address", options.address, *placement]
     found += ["--space", str(space), "--members", str(preset.members)]
     return found if preset.schedule is None else [*found, "--schedule", preset.schedule]
 
@@ -198,7 +199,6 @@ def formula_stage(
     if not (run / "found.json").exists():
         with stages.timed("distillation formula"):
             spec = load_detector(base)[0].spec
-            workers = [] if options.workers is None else ["--workers", str(options.workers)]
             arguments = ["--resume", str(run), "--address", options.address]
             if not is_run(run):
                 arguments = ["--preset", options.preset, "--family", spec.family, "--data", str(data)]
@@ -209,7 +209,7 @@ def formula_stage(
                 arguments += ["--inputs", *preset.inputs_of(spec.family), "--budget-per-input", str(preset.per_input)]
                 arguments += ["--weights-budget", str(preset.weights), "--no-students"]
                 arguments += ["--normalise" if options.normalise else "--no-normalise"]
-            _checked(search_distiller.main([*arguments, *workers]), folder)
+            _checked(search_distiller.main([*arguments, *placement_arguments(options)]), folder)
     found = json.loads((run / "found.json").read_text())
     if found["control"] is not None and found["ap"] <= found["control"]:
         logging.info(

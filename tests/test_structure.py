@@ -12,7 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "autodet"
 # Each room may import those before it; results reads ledgers, records, and detectors' texts alone.
 ROOMS = (
+    "object_store",
     "atomic",
+    "working_copy",
     "pareto",
     "records",
     "lease",

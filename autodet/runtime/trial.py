@@ -6,11 +6,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 import torch
 from ray import tune
+from ray.util.metrics import Gauge
 
 from autodet.data import DatasetError
 from autodet.detectors.weights import WeightsError
@@ -78,11 +81,18 @@ def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[st
         torch.set_flush_denormal(True)
         name = f"{int(config['id']):06d}" if "id" in config else tune.get_context().get_trial_id()
         candidate = Candidate.from_json(config["candidate"])
+        title = f"{'joint' if joint else 'distiller'}/{config.get('title', name)}"
+
+        def report(values: dict[str, Any]) -> None:
+            tune.report(values)
+            show_title(title)  # Tune has named the process after its own method meanwhile
+
         seed = None
         try:
+            show_title(title)
             evaluator = _evaluator(text, task)
             seed = evaluator.seed_of(candidate)
-            outcome = run_candidate(evaluator, candidate, Path(root) / name, tune.report)
+            outcome = run_candidate(evaluator, candidate, Path(root) / name, report, show_speed)
         except (OSError, DatasetError, WeightsError) as error:
             # No fault of the candidate: a full disk, data or weights that this machine cannot read. It stays open, and
             # the run stops, to go on once that is mended.
@@ -98,13 +108,18 @@ def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[st
 
 
 def run_candidate(
-    evaluator: Evaluator, candidate: Candidate, folder: Path, report: Callable[[dict[str, Any]], None]
+    evaluator: Evaluator,
+    candidate: Candidate,
+    folder: Path,
+    report: Callable[[dict[str, Any]], None],
+    on_speed: Callable[[float], None] = lambda images_per_second: None,
 ) -> dict[str, Any]:
     """Train and measure one candidate; the told payload. Without Ray when ``report`` is any function."""
     started, last_ap = time.perf_counter(), [0.0]
 
     def on_epoch(epoch: Epoch, ap: float | None) -> None:
         last_ap[0] = last_ap[0] if ap is None else ap
+        on_speed(epoch.images_per_second)
         if epoch.number < evaluator.epochs:
             seconds = time.perf_counter() - started
             losses = {name: round(loss, 5) for name, loss in epoch.losses.items()}
@@ -120,7 +135,10 @@ def run_candidate(
                 }
             )
 
-    result = evaluator.evaluate(candidate, folder, on_epoch)
+    try:
+        result = evaluator.evaluate(candidate, folder, on_epoch)
+    finally:
+        on_speed(0.0)  # a gauge keeps its last value
     return {
         "status": "completed",
         "seed": evaluator.seed_of(candidate),
@@ -132,6 +150,23 @@ def run_candidate(
         "weights": result.weights,
         "extra": result.notes,
     }
+
+
+def show_title(name: str) -> None:
+    """Show a candidate's name where Ray's dashboard lists a machine's processes, which otherwise are all alike."""
+    raylet: Any = ray._raylet
+    if hasattr(raylet, "setproctitle"):  # it is no public one
+        raylet.setproctitle(f"ray::{name}")
+
+
+@lru_cache(maxsize=1)
+def _speed() -> Gauge:
+    return Gauge("autodet_images_per_second", "images a second that a training process trains on")
+
+
+def show_speed(images_per_second: float) -> None:
+    """The speed of this process's training on Ray's dashboard."""
+    _speed().set(images_per_second)
 
 
 def _evaluator(text: str, task: Task | JointTask) -> Evaluator:

@@ -14,6 +14,7 @@ from ray.tune.stopper import Stopper
 
 from autodet.distill.grammar import formula_from_choices
 from autodet.joint import JointTask
+from autodet.runtime.metrics import SessionMetrics
 from autodet.runtime.trial import ENVIRONMENT, METRIC, make_trainable
 from autodet.search.candidate import FINISHED, WAIT, Answer, Ask, Candidate
 from autodet.search.session import MachineError, Session
@@ -32,6 +33,7 @@ class SessionSearcher(Searcher):
         self._checkpoints = checkpoints
         self._workers = workers
         self._ids: dict[str, int] = {}  # Tune's trial id → candidate's number
+        self._metrics = SessionMetrics(checkpoints.parent)
 
     def suggest(self, trial_id: str) -> Any:
         """The next candidate as a config; None to be asked again, FINISHED at the end."""
@@ -47,8 +49,10 @@ class SessionSearcher(Searcher):
             return None
         assert isinstance(answer, Ask)
         self._ids[trial_id] = answer.id
-        name = f"{answer.phase}-{answer.group}-{answer.id:04d}".replace("/", "_")
-        return {"id": answer.id, "name": name, "candidate": answer.candidate.to_json()}
+        self._metrics.show(session)
+        place = dict.fromkeys((answer.phase, answer.group))  # of a search without groups they are the same
+        title = "/".join((*place, f"{answer.id:04d}"))
+        return {"id": answer.id, "title": title, "candidate": answer.candidate.to_json()}
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """The end of a trial: completed or failed by its own word, stopped, or lost with its worker."""
@@ -59,6 +63,7 @@ class SessionSearcher(Searcher):
             session.broken = session.broken or MachineError(payload["cause"])
         lost = f"its worker was lost {WORKER_FAILURES + 1} times" if error else ""
         session.guarded(lambda: session.tell(number, payload, lost), None)
+        self._metrics.show(session)
         if session.broken is not None:
             return
         # Told: nothing resumes from it.
@@ -71,7 +76,7 @@ class SessionSearcher(Searcher):
         """Nothing: see ``save``."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_session": None}  # the session holds a lease, which has no copy
+        return self.__dict__ | {"_session": None, "_metrics": None}  # the session holds a lease, which has no copy
 
     def _live(self) -> Session:
         if self._session is None:
@@ -174,4 +179,4 @@ def _tuner(
 
 
 def _trial_name(trial: Any) -> str:
-    return str(trial.config.get("name", trial.trial_id))
+    return str(trial.config.get("title", trial.trial_id)).replace("/", "-")

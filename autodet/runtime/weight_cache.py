@@ -20,6 +20,7 @@ import numpy.typing as npt
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class WeightCache:
         self.limit, self.idle = limit, idle
         self.entries: OrderedDict[str, Entry] = OrderedDict()
         self.reads = {"hits": 0, "misses": 0}
+        self._shown = Gauge("autodet_weight_cache", "hits, misses, and bytes of a node's cache", tag_keys=("what",))
         self._timer: threading.Timer | None = None
         self._restart_timer()
 
@@ -69,6 +71,8 @@ class WeightCache:
         if hash not in self.entries:
             self.entries[hash] = _read(hash, path)
         self.entries.move_to_end(hash)
+        for what, number in {**self.reads, "bytes": self._bytes()}.items():
+            self._shown.set(number, {"what": what})
         if lease is not None:
             self.entries[hash].leases.add(lease)
         self._evict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -25,8 +26,10 @@ class Session:
     """
 
     def __init__(self, ledger: Ledger, search: Search, on_told: OnTold | None = None) -> None:
-        self._ledger, self._search, self._on_told = ledger, search, on_told
+        self._ledger, self.search, self._on_told = ledger, search, on_told
         self.finished = False
+        self.ended: Counter[tuple[str, str]] = Counter()  # by phase and status
+        self.best_ap: float | None = None  # of all candidates, whatever the search looks for
         self.broken: Exception | None = None
         self._verdicts: dict[tuple[int, int], bool] = {}
         self._last_ap: dict[int, float] = {}
@@ -39,11 +42,11 @@ class Session:
             elif event.kind == "reported":
                 self._replay_report(event.id, event.payload)
             else:
-                del open_asks[event.id]
+                ask = open_asks.pop(event.id)
                 search.tell(event.id, event.payload.get("ap"), event.payload["status"], event.payload.get("weights"))
+                self._count(ask, event.payload)
         self._interrupted = list(open_asks.values())
         self.running: dict[int, Ask] = {}
-        self.told = sum(event.kind == "told" for event in ledger.events())
 
     def next(self) -> Ask | Literal[Signal.WAIT, Signal.FINISHED]:
         """A candidate to train, recorded as asked; WAIT while a decision needs results; FINISHED when all is done."""
@@ -51,7 +54,7 @@ class Session:
             ask = self._interrupted.pop(0)
             self.running[ask.id] = ask
             return ask
-        answer = self._search.ask()
+        answer = self.search.ask()
         self.finished = answer is FINISHED
         if answer is WAIT or answer is FINISHED:
             return answer
@@ -64,7 +67,7 @@ class Session:
         """Record an epoch's report; True where the candidate is to be stopped. A repeated report changes nothing."""
         if (id, epoch) in self._verdicts:
             return self._verdicts[id, epoch]
-        stop = ap is not None and self._search.report(id, epoch, ap)
+        stop = ap is not None and self.search.report(id, epoch, ap)
         verdict = "stop" if stop else "continue"
         self._ledger.append("reported", id, {**payload, "epoch": epoch, "ap": ap, "verdict": verdict})
         self._note(id, epoch, ap, stop)
@@ -80,11 +83,16 @@ class Session:
             told |= {"status": "failed", "ap": None, "cause": f"its AP is {ap}"}
         status: Status = told["status"]
         self._ledger.append("told", id, told)
-        self._search.tell(id, told["ap"], status, told.get("weights"))
-        self.told += 1
+        self.search.tell(id, told["ap"], status, told.get("weights"))
         ask = self.running.pop(id)
+        self._count(ask, told)
         if self._on_told is not None:
             self._on_told(ask, told)
+
+    def _count(self, ask: Ask, told: Mapping[str, Any]) -> None:
+        self.ended[ask.phase, told["status"]] += 1
+        if told["status"] == "completed" and told.get("ap") is not None:
+            self.best_ap = max(told["ap"], self.best_ap or 0.0)
 
     def guarded(self, step: Callable[[], T], instead: T) -> T:
         """A step's answer; ``instead`` where the ledger cannot be written, now or before, which ``broken`` then holds.
@@ -108,7 +116,7 @@ class Session:
     def _replay_report(self, id: int, payload: Mapping[str, Any]) -> None:
         ap = payload.get("ap")
         if ap is not None:
-            self._search.report(id, int(payload["epoch"]), ap)
+            self.search.report(id, int(payload["epoch"]), ap)
         self._note(id, int(payload["epoch"]), ap, payload["verdict"] == "stop")
 
     def _note(self, id: int, epoch: int, ap: float | None, stop: bool) -> None:

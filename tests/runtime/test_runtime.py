@@ -136,7 +136,7 @@ def test_an_interrupted_run_is_resumed_without_repeating(ray_cluster: None, task
     with Ledger.create(tmp_path, {}) as ledger:
         session = InterruptedSession(ledger, FixedList(candidates(3)))
         run_session(session, task, tmp_path, workers=1)
-        assert not session.finished and session.told >= 1
+        assert not session.finished and session.ended.total() >= 1
         told = {event.id: event for event in ledger.events() if event.kind == "told"}
     with Ledger.resume(tmp_path) as ledger:
         resumed = Session(ledger, FixedList(candidates(3)))

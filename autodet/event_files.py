@@ -97,6 +97,20 @@ def read_events(folder: Path) -> tuple[list[Event], Path | None]:
     return events, None
 
 
+def new_events(folder: Path, known: int) -> list[Event]:
+    """The events after the first ``known`` ones that are there by now; what is not yet whole is left for later."""
+    events: list[Event] = []
+    for number, path in event_files(folder)[known:]:
+        try:
+            event = _read_event(path)
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            break
+        if number != known + len(events):
+            break
+        events.append(event)
+    return events
+
+
 def _contiguous_files(folder: Path, attempts: int = 3) -> list[tuple[int, Path]]:
     """The event files, numbered 0, 1, …; a listing made while a writer adds files may miss one, so look again."""
     for attempt in range(attempts):

@@ -9,6 +9,8 @@ RUN is a run's folder or a folder of runs. Nothing that the run itself wrote is 
 in one another's folders it also tells what they teach together: which knowledge inputs help alone, which transforms and
 distances win, what it cost, and whether formulas found for one pair help another. That goes into guidance/ beside the
 first run (or in DIR): guidance.html, pictures/, and a CSV file a table.
+
+With --follow it shows one run in the terminal while it goes on: what runs, how far it is, and the best so far.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -26,15 +29,20 @@ from autodet.results.frame import find_runs, frame_of, leaderboard, rank_agreeme
 from autodet.results.guidance_page import write_guidance
 from autodet.results.guidance_tables import text_of
 from autodet.results.joint_report import write_joint_report
+from autodet.results.live import Follower, has_driver, live_text
 from autodet.results.plots import draw_rank_agreement, to_png
 from autodet.results.report import comparison, state, write_report
-from autodet.working_copy import local_path
+from autodet.working_copy import local_path, update
+
+FOLLOW_SECONDS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Analyse every run that is named; 2 on a user's mistake."""
     options = parse(argv)
     try:
+        if options.follow:
+            return follow(options.runs[0])
         runs = list(dict.fromkeys(run for path in options.runs for run in find_runs(path)))
         frames = {run: analyze(run, output_of(run, runs, options.output), options) for run in runs}
         if options.csv is not None:
@@ -58,7 +66,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--long", type=Path, metavar="RUN", help="a run of the same formulas at full length: draws the ranks' agreement"
     )
-    return parser.parse_args(argv)
+    parser.add_argument("--follow", action="store_true", help="show one run as it goes on, until its driver ends")
+    options = parser.parse_args(argv)
+    if options.follow and len(options.runs) > 1:
+        parser.error("--follow shows one run")
+    return options
+
+
+def follow(run: Path, seconds: float = FOLLOW_SECONDS) -> int:
+    """Show a run every few seconds until its driver has ended, or Ctrl-C."""
+    Ledger.open(run)  # a folder that is no run is refused
+    follower, clear = Follower(run), "\033[2J\033[H" if sys.stdout.isatty() else ""
+    try:
+        while True:
+            update(run)
+            driven = has_driver(run)
+            print(f"{clear}{live_text(run, follower.records(), time.time())}\n", flush=True)
+            if not driven:
+                return 0
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        return 0
 
 
 def analyze(run: Path, output: Path, options: argparse.Namespace) -> pd.DataFrame:

@@ -12,6 +12,10 @@ import torch
 from autodet.atomic import atomic_write_bytes
 
 
+class DamagedCheckpoint(ValueError):  # noqa: N818 - the name is the state it reports
+    """A file that is truncated, or no checkpoint."""
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain numbers to one file; an interrupted write leaves the former file in place."""
     buffer = io.BytesIO()
@@ -21,16 +25,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """The state; ValueError naming the file where it is truncated or not ours."""
+    """The state; DamagedCheckpoint naming the file where it is truncated or not ours."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         # torch's own words on a refused pickle advise to load it unsafely.
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "cut off, or not only tensors and numbers" if unsafe else (str(error) or "empty").splitlines()[0]
-        raise ValueError(f"{path} is no readable checkpoint ({reason}). Delete it to train from the start.") from error
+        message = f"{path} is no readable checkpoint ({reason}). Delete it to train from the start."
+        raise DamagedCheckpoint(message) from error
     if not isinstance(state, dict):
-        raise ValueError(
+        raise DamagedCheckpoint(
             f"{path} is no checkpoint: it holds a {type(state).__name__}. Delete it to train from the start."
         )
     return state

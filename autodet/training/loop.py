@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,9 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from autodet.data import Batch, Loader
 from autodet.detectors import Dense, Detector, Features, Inputs
-from autodet.training.checkpoint import load_checkpoint, save_checkpoint
+from autodet.training.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 from autodet.training.settings import TrainSettings, make_optimizer
-from autodet.working_copy import fetch
+from autodet.working_copy import discard, fetch
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -100,9 +101,7 @@ class Trainer:
         self.steps_per_epoch = len(loader.keys(0))
         self.epoch = 0
         if checkpoint is not None:
-            fetch(checkpoint)  # another machine may have trained on
-        if checkpoint is not None and checkpoint.exists():
-            self.load(checkpoint)
+            self._go_on(checkpoint)
 
     @property
     def model(self) -> nn.Module:
@@ -213,6 +212,17 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the training that goes on from it must have in common."""
         return {"seed": self.seed, "settings": self.settings.to_json()}
+
+    def _go_on(self, checkpoint: Path) -> None:
+        """From where the training was left, on this machine or another; from the start where that cannot be read."""
+        fetch(checkpoint)
+        if not checkpoint.exists():
+            return
+        try:
+            self.load(checkpoint)
+        except DamagedCheckpoint as error:  # a disk's fault: it is written in one step
+            logging.warning("%s That is done now.", error)
+            discard(checkpoint)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; ValueError names the file where it is another training's or unreadable."""

@@ -97,6 +97,20 @@ def test_an_epoch_is_on_disk_only_after_its_report_was_taken_in(make: Callable[.
     assert make(replace(SHORT, epochs=2), checkpoint=tmp_path / "c.pt").epoch == 2
 
 
+def test_a_damaged_checkpoint_is_told_and_the_training_begins_anew(
+    make: Callable[..., Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, path = replace(SHORT, epochs=2), tmp_path / "c.pt"
+    whole = make(settings)
+    losses = losses_of(list(whole.epochs()))
+    list(islice(make(settings, checkpoint=path).epochs(), 2))
+    path.write_bytes(path.read_bytes()[:1000])
+    again = make(settings, checkpoint=path)
+    assert again.epoch == 0 and not path.exists() and "c.pt is no readable checkpoint" in caplog.text
+    assert losses_of(list(again.epochs())) == losses
+    assert_same_weights(again.model, whole.model)
+
+
 def test_the_seed_decides_the_training(make: Callable[..., Trainer]) -> None:
     settings = replace(SHORT, epochs=1)
     first, again, other = (make(settings, seed=seed) for seed in (0, 0, 1))

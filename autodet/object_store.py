@@ -114,6 +114,8 @@ def is_url(text: str) -> bool:
 def declare_copy(folder: Path, url: str) -> None:
     """Let a folder be the copy of a URL in this process and in those it starts. ValueError for another kind of URL."""
     scheme, _, rest = url.partition("://")
+    if "@" in rest.partition("/")[0]:
+        raise ValueError(f"{scheme}://…@…: keys do not belong into a URL, which is recorded; give them as variables.")
     if scheme not in SCHEMES or not rest.strip("/"):
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise ValueError(f"{url}: expected a folder in an object store ({known}…), or a path.")

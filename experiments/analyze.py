@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from options import place
 
 from autodet.atomic import atomic_write_bytes
 from autodet.ledger import Ledger, LedgerError
@@ -32,7 +33,7 @@ from autodet.results.joint_report import write_joint_report
 from autodet.results.live import Follower, has_driver, live_text
 from autodet.results.plots import draw_rank_agreement, to_png
 from autodet.results.report import comparison, state, write_report
-from autodet.working_copy import local_path, update
+from autodet.working_copy import update
 
 FOLLOW_SECONDS = 5.0
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="folder of a run, or of several")
+    parser.add_argument("runs", nargs="+", type=place, metavar="RUN", help="folder of a run, or of several")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write there and leave the run's folder alone")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="all candidates of all runs as one table")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="rows of the leaderboard (default: 10)")

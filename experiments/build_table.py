@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, positive, recorded, share
+from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, place, positive, recorded, share
 from runs import SearchRun, read_search, run_list, start_or_resume
 
 import autodet
@@ -38,7 +38,6 @@ from autodet.search.grid import Grid, GridInput
 from autodet.search.table_file import read_table, write_table
 from autodet.search.tabular import Table, by_hash
 from autodet.training import Task
-from autodet.working_copy import local_path
 
 RECORDED = ("run", "grid", "epochs", "size", "fraction", "replicates", "seed")
 EXTENDABLE = ("workers", "replicated")
@@ -93,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed build are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=local_path, help="a finished run of search_distiller.py")
+    add("--run", type=place, help="a finished run of search_distiller.py")
     add("--grid", type=absolute, help="a grid as JSON (default: the 440 formulas in this script)")
     add("--epochs", type=positive, help="of a training (default: the run's proxy's)")
     add("--size", type=positive, help="shorter side of the images in pixels (default: the run's proxy's)")

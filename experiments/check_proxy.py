@@ -14,7 +14,7 @@ import argparse
 import sys
 
 import pandas as pd
-from options import INTERRUPTED, common_options, main_of, new_folder, parsed, positive, recorded
+from options import INTERRUPTED, common_options, main_of, new_folder, parsed, place, positive, recorded
 from runs import full_task, read_search, run_list, start_or_resume
 
 from autodet.atomic import atomic_write_bytes
@@ -25,7 +25,6 @@ from autodet.results.plots import draw_rank_agreement, to_png
 from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import Candidate
-from autodet.working_copy import local_path
 
 SEEDS = 2
 FRESH_SEEDS = 2000  # far from those that the search chose by
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed check are the recorded ones."""
     parser = common_options(__doc__ or "")
-    parser.add_argument("--run", type=local_path, help="a finished run of search_distiller.py")
+    parser.add_argument("--run", type=place, help="a finished run of search_distiller.py")
     parser.add_argument("--formulas", type=positive, default=10, help="how many (default: 10)")
     parser.add_argument("--seeds", type=positive, help=f"full trainings of each (default: {SEEDS})")
     options = parsed(parser, argv, "check_proxy", RECORDED, EXTENDABLE)

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, positive, recorded, share
+from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, place, positive, recorded, share
 from runs import SearchRun, full_task, read_search, run_list, start_or_resume
 from transfer import transferred
 
@@ -36,7 +36,6 @@ from autodet.results.frame import paired_differences, read_run
 from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import EMPTY, Candidate
-from autodet.working_copy import local_path
 
 RECORDED = ("run", "rivals", "formula", "transfer", "tune", "split", "fraction", "seed")
 EXTENDABLE = ("workers", "seeds")
@@ -75,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed comparison are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=local_path, help="a finished run of search_distiller.py")
+    add("--run", type=place, help="a finished run of search_distiller.py")
     add("--formula", help="compare this formula instead of the one that the run found")
     other = "formulas of these finished searches become arms too"
     add("--transfer", nargs="+", type=absolute, default=[], metavar="RUN", help=other)

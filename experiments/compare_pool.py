@@ -24,7 +24,7 @@ from statistics import fmean
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from options import absolute, common_options, main_of, new_folder, parsed, positive, recorded
+from options import absolute, common_options, main_of, new_folder, parsed, place, positive, recorded
 from runs import pool_task_of, start_or_resume
 
 from autodet.atomic import atomic_write_bytes
@@ -36,7 +36,6 @@ from autodet.runtime.plain_training import train_side_by_side
 from autodet.teachers import Member
 from autodet.teachers.pool import PoolError, TeacherPool, read_members
 from autodet.training import Workbench
-from autodet.working_copy import local_path
 
 RECORDED = ("run", "members", "split", "seed")
 EXTENDABLE = ("workers", "also", "seeds")
@@ -80,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed comparison are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=local_path, help="a finished run of train_teacher_pool.py")
+    add("--run", type=place, help="a finished run of train_teacher_pool.py")
     add("--members", type=positive, default=12, help="how many are also trained alone (default: 12)")
     add("--seeds", type=positive, help="trainings of each member alone (default: 1)")
     add("--also", nargs="+", type=absolute, metavar="RUN", help="further pools, in which the members are measured too")

@@ -30,6 +30,7 @@ from options import (
     main_of,
     new_folder,
     parsed,
+    place,
     placement_arguments,
     placement_options,
     positive,
@@ -44,7 +45,6 @@ from autodet.records import records_from
 from autodet.results.intervals import mean_interval
 from autodet.results.lineage import evaluated, hypervolume_progress
 from autodet.runtime.cluster import ray_running
-from autodet.working_copy import local_path
 
 FROM_BASE = ["--founders", "0"]
 ARMS = {  # controls have no founders by themselves
@@ -97,9 +97,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data_options(parser)
     placement_options(parser)
     add = parser.add_argument
-    add("--base", type=local_path, help="the detector, as for upgrade_detector.py")
+    add("--base", type=place, help="the detector, as for upgrade_detector.py")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
-    add("--pool", type=local_path, help="of teachers, by train_teacher_pool.py")
+    add("--pool", type=place, help="of teachers, by train_teacher_pool.py")
     add("--formula", help="what teachers teach by: a formula, or a run of search_distiller.py")
     add("--latency-target", type=share, default=0.75, help="share of the base's latency (default: 0.75)")
     add("--budget", type=positive, default=18, help="children of every run (default: 18)")

@@ -24,7 +24,6 @@ from autodet.working_copy import local_path
 
 USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost, MachineError, Diverged)
 INTERRUPTED = 130
-LOCAL = ("data", "cache")
 PATHS = ("data", "cache", "teacher", "start", "run", "base", "pool")
 
 
@@ -34,9 +33,9 @@ def common_options(
     """The options that every script which trains has. workers: the type of --workers, a whole number unless given."""
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     add = parser.add_argument
-    place = "a path, or s3://… or gs://…"
-    add("--output", type=local_path, metavar="RUN", help=f"the run's folder: {place} (default: runs/<script>-<time>)")
-    add("--resume", type=local_path, metavar="RUN", help="continue a run with its own settings")
+    places = "a path, or s3://… or gs://…"
+    add("--output", type=place, metavar="RUN", help=f"the run's folder: {places} (default: runs/<script>-<time>)")
+    add("--resume", type=place, metavar="RUN", help="continue a run with its own settings")
     add("--or-resume", action="store_true", help="continue the run in --output where there is one: for restarting jobs")
     add("--seed", type=int, default=0, help="decides every random choice (default: 0)")
     if runs_ray:
@@ -49,11 +48,11 @@ def common_options(
 def data_options(parser: argparse.ArgumentParser) -> None:
     """The options of scripts that start from data, not from another run."""
     add = parser.add_argument
-    add("--data", type=Path, help="COCO-format folder (default: generated shapes)")
+    add("--data", type=on_disk, help="COCO-format folder (default: generated shapes)")
     add("--preset", choices=("smoke", "demo", "cpu", "gpu"), default="demo", help="scale of the run (default: demo)")
     add("--family", choices=FAMILIES, default="faster_rcnn", help="of the detector, or student (default: faster_rcnn)")
     cache = "decoded images and teacher outputs (default: runs/cache)"
-    add("--cache", type=Path, default=Path("runs/cache"), help=cache)
+    add("--cache", type=on_disk, default=Path("runs/cache"), help=cache)
 
 
 def placement_options(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +67,23 @@ def placement_arguments(options: argparse.Namespace) -> list[str]:
     names = ("workers", "cpus_per_trial", "gpus_per_trial")
     given = {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
     return [str(part) for name, value in given.items() if value is not None for part in (name, value)]
+
+
+def place(text: str) -> Path:
+    """A path, or the local copy of what an s3:// or gs:// URL names, as an option's type."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def on_disk(text: str) -> Path:
+    """A path of this machine's, as an option's type."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: every machine reads from its own disk. Copy it to the same path on all of them, and name that."
+        )
+    return Path(text)
 
 
 def positive(text: str) -> int:
@@ -111,12 +127,6 @@ def parsed(
     ValueError where RUN is another script's, or an option is given that a resumed run cannot change.
     """
     options = parser.parse_args(argv)
-    for name in LOCAL:
-        if is_url(str(getattr(options, name, None))):
-            raise ValueError(
-                f"--{name} {getattr(options, name)}: every machine reads from its own disk. Copy it to the same path "
-                "on all of them, and name that."
-            )
     if options.or_resume and options.output is not None and is_run(options.output):
         options.resume, options.output = options.output, None
     if options.resume is None:

@@ -29,6 +29,7 @@ from options import (
     main_of,
     new_folder,
     parsed,
+    place,
     placement_options,
     positive,
     recorded,
@@ -54,7 +55,6 @@ from autodet.joint import Examiner, JointBench
 from autodet.ledger import Ledger
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.search.joint import COSTS, TEACHERS
-from autodet.working_copy import local_path
 
 RECORDED = (
     *("preset", "family", "data", "cache", "base", "base_size", "latency_target", "limit", "pool", "formula"),
@@ -112,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data_options(parser)
     placement_options(parser)
     add = parser.add_argument
-    add("--base", type=local_path, help="the detector: a file of ours or a torchvision state dict (default: train one)")
+    add("--base", type=place, help="the detector: a file of ours or a torchvision state dict (default: train one)")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
     add(
         "--latency-target",
@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME<=X",
         help="macs_g<=X or params_m<=X; as with a target, the most accurate detector within it is handed back",
     )
-    add("--pool", type=local_path, help="of teachers, by train_teacher_pool.py (default: train one)")
+    add("--pool", type=place, help="of teachers, by train_teacher_pool.py (default: train one)")
     add(
         "--formula",
         type=formula_text,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from autodet.runtime.weight_cache import drop_caches
 from autodet.search.session import MachineError
 
 Name = TypeVar("Name")
+CONNECT_SECONDS = 10.0
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -39,6 +41,41 @@ def check_address(address: str) -> None:
         raise ValueError(f"--address {address!r}: expected 'auto' (inside a cluster) or 'local'.")
 
 
+def check_reachable(ray_address: str) -> None:
+    """ValueError unless something listens at an address HOST:PORT; Ray itself would try for many minutes.
+
+    ray_address: as in the variable RAY_ADDRESS; what is of another form is left to Ray.
+    """
+    if ray_address.startswith(("http://", "https://", "ray://")):
+        raise ValueError(
+            f"RAY_ADDRESS is {ray_address}, where jobs or clients knock. Inside the cluster it is HOST:PORT of the "
+            "head, port 6379 unless chosen otherwise; or unset it."
+        )
+    host, _, port = ray_address.rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS is {ray_address}, and no Ray cluster answers there ({error}). Start one with 'ray start "
+            "--head', correct the address, or unset it."
+        ) from error
+
+
+def warn_of_idle_machines(cpus: float, gpus: float) -> None:
+    """Say so where no machine of the cluster is large enough for a trial: it would wait, for ever or for a new one."""
+    nodes: Any = ray.nodes  # has no types
+    sizes = [node["Resources"] for node in nodes() if node["Alive"]]
+    if not any(size.get("CPU", 0) >= cpus and size.get("GPU", 0) >= gpus for size in sizes):
+        largest = (max((size.get(name, 0) for size in sizes), default=0) for name in ("CPU", "GPU"))
+        logging.warning(
+            "No machine of this cluster has the %g CPUs and %g GPUs that a training takes (at most %g CPUs, %g GPUs). "
+            "They wait until one joins; ask for less with --cpus-per-trial or --gpus-per-trial.",
+            *(cpus, gpus, *largest),
+        )
+
+
 @contextmanager
 def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[None]:
     """Ray for the time of the block, unless this process has it already.
@@ -49,13 +86,19 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
     if ray.is_initialized():  # the caller's own, which stays running
         yield
         return
+    if address == "auto":
+        check_reachable(os.environ.get("RAY_ADDRESS", ""))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     on_terminate = signal.getsignal(signal.SIGTERM)
     where: dict[str, Any] = {"address": "auto"} if address == "auto" else {"num_cpus": cpus}
     variables = {COPIED: os.environ[COPIED]} if COPIED in os.environ else {}
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    ray.init(**where, **quiet, runtime_env={"env_vars": variables})
+    try:
+        ray.init(**where, **quiet, runtime_env={"env_vars": variables})
+    except (ConnectionError, RuntimeError) as error:  # none is there; or it has other versions, or another token
+        reason = " ".join(str(error).split())[:600]
+        raise MachineError(f"--address {address}: Ray cannot be joined or started here: {reason}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would end the process at once
     try:

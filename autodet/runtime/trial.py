@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -15,6 +16,7 @@ import torch
 from ray import tune
 from ray.util.metrics import Gauge
 
+import autodet
 from autodet.data import DatasetError
 from autodet.detectors.weights import WeightsError
 from autodet.joint import JointBench, JointTask
@@ -75,6 +77,8 @@ def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[st
     """
     text, root, joint = task.to_json(), str(folder), isinstance(task, JointTask)
 
+    version = autodet.__version__
+
     def train_candidate(config: Mapping[str, Any]) -> None:
         task = JointTask.from_json(text) if joint else Task.from_json(text)
         torch.set_num_threads(task.threads)
@@ -90,6 +94,7 @@ def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[st
         seed = None
         try:
             show_title(title)
+            check_version(version)
             evaluator = _evaluator(text, task)
             seed = evaluator.seed_of(candidate)
             outcome = run_candidate(evaluator, candidate, Path(root) / name, report, show_speed)
@@ -157,6 +162,13 @@ def show_title(name: str) -> None:
     raylet: Any = ray._raylet
     if hasattr(raylet, "setproctitle"):  # it is no public one
         raylet.setproctitle(f"ray::{name}")
+
+
+def check_version(wanted: str) -> None:
+    """OSError where this machine's autodet is not the driver's."""
+    if autodet.__version__ != wanted:
+        here = f"autodet {autodet.__version__} on {platform.node()}"
+        raise OSError(f"{here}, but {wanted} where the driver runs. Install the same on all machines, then resume.")
 
 
 @lru_cache(maxsize=1)

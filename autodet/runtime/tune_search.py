@@ -14,6 +14,7 @@ from ray.tune.stopper import Stopper
 
 from autodet.distill.grammar import formula_from_choices
 from autodet.joint import JointTask
+from autodet.runtime.cluster import warn_of_idle_machines
 from autodet.runtime.metrics import SessionMetrics
 from autodet.runtime.trial import ENVIRONMENT, METRIC, make_trainable
 from autodet.search.candidate import FINISHED, WAIT, Answer, Ask, Candidate
@@ -120,6 +121,7 @@ def run_session(
     Raises what stopped it: MachineError where a machine failed, or the ledger's error (a full disk, a lost lease).
     """
     folder = run_folder.resolve()
+    warn_of_idle_machines(task.threads, gpus_per_trial)
     config = tune.TuneConfig(
         search_alg=SessionSearcher(session, workers, folder / "trials"),
         num_samples=-1,

@@ -1,0 +1,151 @@
+"""Mistakes of a cluster's kind: each ends with a clear message and code 2, and damages nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import search_distiller
+import train_teacher_pool
+import upgrade_detector
+from options import main_of
+from s3_server import SETTINGS, free_port, make_bucket, s3_server
+
+from autodet import object_store
+from autodet.ledger import Ledger
+from autodet.object_store import COPIED
+from autodet.runtime import cluster
+from autodet.runtime.trial import check_version
+from autodet.search.session import MachineError
+from autodet.working_copy import ROOT
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        make_bucket(address, "bucket")
+        yield address
+
+
+@pytest.fixture
+def place(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, from which an object store can be reached."""
+    for name, value in (SETTINGS | {"AWS_ENDPOINT_URL": server, ROOT: str(tmp_path / "copies")}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(COPIED, "{}")
+    object_store._store.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str], script: object, *arguments: str) -> str:
+    """What a script answers to a mistake."""
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("sys.argv", ["script.py", *arguments])
+    try:
+        code = main_of(script.main)  # type: ignore[attr-defined]
+    except SystemExit as ended:  # of the options' own parser
+        code = int(str(ended.code))
+    finally:
+        monkey.undo()
+    assert code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (search_distiller, ["--address", "ray://head:10001"], "ray job submit"),
+        (upgrade_detector, ["--address", "10.0.0.1:6379"], "expected 'auto'"),
+        (train_teacher_pool, ["--address", "http://head:8265"], "expected 'auto'"),
+        (upgrade_detector, ["--output", "s3://no-bucket/run"], "there is no such bucket"),
+        (upgrade_detector, ["--output", "ftp://host/run"], "expected a folder in an object store"),
+        (upgrade_detector, ["--output", "s3://"], "expected a folder in an object store"),
+        (search_distiller, ["--output", "s3://key:secret@bucket/run"], "keys do not belong into a URL"),
+        (upgrade_detector, ["--data", "s3://bucket/data"], "every machine reads from its own disk"),
+        (search_distiller, ["--cache", "gs://bucket/cache"], "every machine reads from its own disk"),
+        (upgrade_detector, ["--resume", "s3://bucket/nothing"], "found no config.json"),
+        (upgrade_detector, ["--resume", "nowhere"], "found no config.json"),
+        (upgrade_detector, ["--pool", "s3://bucket/nothing"], "no complete pool"),
+        (upgrade_detector, ["--base", "s3://bucket/nothing.safetensors"], "nothing.safetensors"),
+        (search_distiller, ["--preset", "smoke", "--gpus-per-trial", "1"], "computes on the CPU"),
+        (train_teacher_pool, ["--preset", "smoke", "--gpus-per-trial", "0.5"], "computes on the CPU"),
+        (upgrade_detector, ["--gpus-per-trial", "2"], "above 0 and at most 1"),
+        (upgrade_detector, ["--gpus-per-trial", "-1"], "above 0 and at most 1"),
+        (search_distiller, ["--cpus-per-trial", "0"], "at least 1"),
+        (search_distiller, ["--workers", "0"], "at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_ends_at_once_with_a_remedy(
+    place: Path, capsys: pytest.CaptureFixture[str], script: object, arguments: list[str], message: str
+) -> None:
+    answer = said(capsys, script, *arguments)
+    assert message in answer and "Traceback" not in answer and "secret" not in answer
+    assert not list(place.rglob("events"))
+
+
+@pytest.mark.parametrize("output", ["runs/a", "s3://bucket/runs/a"])
+def test_what_is_there_is_neither_overwritten_nor_mixed(
+    place: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    folder = place / "copies" / "s3/bucket/runs/a" if "://" in output else place / output
+    if "://" in output:
+        object_store.declare_copy(folder, output)
+    with Ledger.create(folder, {"script": "train_teacher_pool", "options": {}}):
+        pass
+    before = sorted(path.name for path in folder.iterdir())
+    assert "holds a run already" in said(capsys, search_distiller, "--output", output)
+    for option in ("--resume", "--or-resume"):
+        arguments = ["--resume", output] if option == "--resume" else ["--or-resume", "--output", output]
+        assert "is a run of train_teacher_pool" in said(capsys, search_distiller, *arguments)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_going_on_with_other_settings_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"preset": "smoke", "seed": 1}
+    with Ledger.create(place / "run", {"script": "search_distiller", "options": options}):
+        pass
+    answer = said(capsys, search_distiller, "--or-resume", "--output", "run", "--preset", "cpu", "--seed", "1")
+    assert "--preset cpu" in answer and "started with smoke" in answer
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("127.0.0.1:{port}", "no Ray cluster answers there"), ("http://head:8265", "where jobs or clients knock")],
+)
+def test_a_cluster_that_is_not_there_is_said_at_once(address: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cluster.check_reachable(address.format(port=free_port()))
+    for fine in ("", "auto", "local"):
+        cluster.check_reachable(fine)
+
+
+def test_versions_that_differ_stop_the_run_and_leave_the_candidate_open() -> None:
+    check_version(__import__("autodet").__version__)
+    with pytest.raises(OSError, match=r"but 99\.0 where the driver runs"):
+        check_version("99.0")
+
+
+def test_a_cluster_of_other_versions_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.0\n    Python: 3.9")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    told = r"Version mismatch: The cluster was started with: Ray: 2\.0"
+    with pytest.raises(MachineError, match=told), cluster.ray_running("local"):
+        pass
+
+
+def test_trials_larger_than_any_machine_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machines = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: machines)
+    cluster.warn_of_idle_machines(4, 0.5)
+    assert not caplog.text
+    cluster.warn_of_idle_machines(8, 1)
+    assert "the 8 CPUs and 1 GPUs" in caplog.text and "at most 4 CPUs, 1 GPUs" in caplog.text

@@ -27,7 +27,7 @@ import torch
 from detector_cases import small_spec, stirred
 from ray.cluster_utils import Cluster
 
-from autodet.data import write_shapes
+from autodet.data import read_dataset, write_shapes
 from autodet.detectors import save_detector
 from autodet.ledger import Ledger
 from autodet.records import Record, records_from
@@ -162,7 +162,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
     """The drivers' commands by kind, on small data that is made here."""
     torch.manual_seed(0)
     data = write_shapes(folder / "data", 8, 4, 4, size=(96, 64), seed=3)
-    spec = small_spec("faster_rcnn")
+    labels = tuple((category.id, category.name) for category in read_dataset(data)["train"].categories)
+    spec = small_spec("faster_rcnn").with_labels(labels)
     save_detector(folder / "base.safetensors", stirred(spec))
     pool = PoolSpace.parse(str(SPACE))
     largest = type(spec)(**{**vars(spec), "body": pool.largest.body})
@@ -171,7 +172,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     common += ["--cache", str(folder / "cache"), "--output", str(folder / "run"), "--workers", "2"]
     distiller = ["--budget-per-input", "8", "--weights-budget", "8", "--inputs", "global", "--no-students"]
     joint = ["--base", str(folder / "base.safetensors"), "--pool", str(folder / "pool"), "--budget", "16"]
-    joint += ["--formula", "global: l2 * 0.1", "--epochs", "2"]
+    joint += ["--formula", "global: l2 * 0.1", "--epochs", "2", "--founders", "0"]
     scripts = {"distiller": ("search_distiller.py", distiller), "joint": ("upgrade_detector.py", joint)}
     return {kind: [sys.executable, str(EXPERIMENTS / name), *common, *more] for kind, (name, more) in scripts.items()}
 

@@ -296,6 +296,8 @@ class JointSearch:
         draw: int,
     ) -> Candidate:
         epochs = self.settings.epochs + (self.student(parent).epochs if self.settings.inherit else 0)
+        if teacher is not None and self._teachers and examined.spec.min_size in self._teachers.sizes:
+            teacher = replace(teacher, size=examined.spec.min_size)  # one that sees what the student sees
         taught = EMPTY if teacher is None else self._comparable(formula, examined.spec, teacher)
         inherited = (parent, self.weights[parent], teacher if taught.terms else None)
         student = Student(examined.spec, actions, *inherited, draw, examined.cost, epochs)

@@ -87,14 +87,15 @@ def demo(preset: Preset) -> JointPreset:
     return JointPreset(
         preset=replace(preset, teaching=recipe(8, batch_size=4)),
         child=replace(recipe(2, lr=1.5e-3, batch_size=4), warmup=5),
-        budget=10,
+        budget=8,
         schedule="1*largest > 2*sandwich(1, 1)",
         members=2,
         inputs=("logits.roi",),
         fraction=0.5,
-        per_input=4,
-        weights=4,
+        per_input=3,
+        weights=3,
         steps=Steps(shrink=(0.5, 0.75)),
+        fractions=(2 / 3, 1.0),  # larger images take their time
         founders=1,
         larger=1.0,
     )

@@ -92,8 +92,8 @@ def demo(preset: Preset) -> JointPreset:
         members=2,
         inputs=("logits.roi",),
         fraction=0.5,
-        per_input=3,
-        weights=3,
+        per_input=4,
+        weights=4,
         steps=Steps(shrink=(0.5, 0.75)),
         fractions=(2 / 3, 1.0),  # larger images take their time
         founders=1,

@@ -270,9 +270,8 @@ class JointSearch:
         number = len(self.asks)
         rejected: list[tuple[str, str]] = []
         for parent, drawn, teacher, formula, draw in self._draws(phase, number):
+            weights, before = self.weights[parent], self.student(parent)
             for actions in self._trimmed(parent, drawn, phase, draw):
-                weights = self.weights[parent]
-                before = self.student(parent)
                 # A second timing of the same detector would only differ by chance.
                 examined = self._examine(weights, actions, draw) if actions else Examined(before.spec, before.cost)
                 if isinstance(examined, str):

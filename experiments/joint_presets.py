@@ -83,11 +83,11 @@ def smoke(preset: Preset) -> JointPreset:
 
 
 def demo(preset: Preset) -> JointPreset:
-    """A few minutes on generated images; batches of 4, for the steps."""
+    """A few minutes on few generated images; batches of 4, for the steps."""
     return JointPreset(
-        preset=replace(preset, teaching=recipe(8, batch_size=4)),
+        preset=replace(preset, teaching=recipe(9, batch_size=4), shapes=(150, 40, 40)),
         child=replace(recipe(2, lr=1.5e-3, batch_size=4), warmup=5),
-        budget=8,
+        budget=10,
         schedule="1*largest > 1*sandwich(1, 1)",
         members=2,
         inputs=("logits.roi",),

@@ -245,7 +245,7 @@ ALL = tuple(ACTIONS)
 PRUNING = ("remove_block", "prune_inner", "prune_stage", "prune_neck", "prune_head", "remove_head_layer")
 SETTINGS = ("resize", "keep_proposals")  # which anyone could change on a detector
 TRIMMING = (*PRUNING, *SETTINGS)  # with steps below a detector's: all that makes it cheaper
-STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", "resize", "keep_proposals")
+STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", *SETTINGS)
 
 
 def check_actions(names: Iterable[str]) -> None:

@@ -270,9 +270,8 @@ class JointSearch:
         number = len(self.asks)
         rejected: list[tuple[str, str]] = []
         for parent, drawn, teacher, formula, draw in self._draws(phase, number):
+            weights, before = self.weights[parent], self.student(parent)
             for actions in self._trimmed(parent, drawn, phase, draw):
-                weights = self.weights[parent]
-                before = self.student(parent)
                 # A second timing of the same detector would only differ by chance.
                 examined = self._examine(weights, actions, draw) if actions else Examined(before.spec, before.cost)
                 if isinstance(examined, str):
@@ -296,6 +295,8 @@ class JointSearch:
         draw: int,
     ) -> Candidate:
         epochs = self.settings.epochs + (self.student(parent).epochs if self.settings.inherit else 0)
+        if teacher is not None and self._teachers and examined.spec.min_size in self._teachers.sizes:
+            teacher = replace(teacher, size=examined.spec.min_size)  # one that sees what the student sees
         taught = EMPTY if teacher is None else self._comparable(formula, examined.spec, teacher)
         inherited = (parent, self.weights[parent], teacher if taught.terms else None)
         student = Student(examined.spec, actions, *inherited, draw, examined.cost, epochs)

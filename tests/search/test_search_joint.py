@@ -274,6 +274,22 @@ def test_teachers_are_as_the_phase_says(teachers: str) -> None:
         assert (kept > 10) == (teachers == "searched")
 
 
+def test_a_teacher_sees_images_of_its_students_size_where_the_pool_has_such() -> None:
+    world = World()
+    base = Student(BASE, (), None, "base", None, 0, cost_of(BASE), 0)
+    pool = replace(POOL, sizes=(48, BASE.min_size))
+    steps = replace(STEPS, sizes=(40, 48, BASE.min_size))
+    search = JointSearch(base, world, settings(steps=steps, limits={"latency_ratio": 1.0}), 0, TAUGHT, pool)
+    run(search, world)
+    seen = set()
+    for ask in search.asks[1:]:
+        student = student_of(ask)
+        assert student.teacher is not None and student.teacher.size in pool.sizes
+        assert student.teacher.size == student.spec.min_size or student.spec.min_size == 40
+        seen.add(student.spec.min_size)
+    assert seen == {40, 48, BASE.min_size}
+
+
 def test_the_pipeline_goes_phase_by_phase_and_distils_the_best_one() -> None:
     world = World()
     search = search_of(world=world, phases=pipeline_phases(30))

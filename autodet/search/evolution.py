@@ -18,12 +18,16 @@ RANDOM_ATTEMPTS = 96
 
 @dataclass(frozen=True)
 class Space:
-    """How formulas of a space are drawn and varied; `given` are asked before any is drawn."""
+    """How formulas of a space are drawn and varied; `given` are asked before any is drawn.
+
+    size: the most formulas that can come of it, None where that is not known.
+    """
 
     random: Callable[[Random], Formula]
     mutate: Callable[[Formula, Random], Formula]
     crossover: Callable[[Formula, Formula, Random], Formula]
     given: tuple[Formula, ...] = ()
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Evolution:
         `founders` are members that another group has evaluated, in addition to this group's own.
         `rejected` collects what the probe turned down on the way (formula, reason), and is stored in the ask.
         """
+        if history.in_group[self.phase, self.group] == self.space.size:
+            return None  # all were asked: drawing them again and again would take a while
         rejected = [] if rejected is None else rejected
         turned_down = {text for text, _ in rejected}
         index = history.in_group[self.phase, self.group]

@@ -120,26 +120,22 @@ class History:
             self._means.remove(measured.mean)
             for ranking in self._rankings(arm):
                 ranking.remove(measured)
-            if measured.first is not None:
-                self._first_runs[self._group(measured.id)].remove((-measured.first, measured.id))
+            if (first := _first_run(measured)) is not None:
+                self._first_runs[self._group(measured.id)].remove(first)
 
     def _measure(self, arm: str) -> None:
         """Put an arm into all orders, if it completed or was stopped."""
         if arm not in self._completed and arm not in self._stopped:
             return
-        fitness, completed = self._fitness(arm), arm in self._completed
-        first = fitness.get(0) if completed else None
-        measured = Measured(self.first(arm), completed, len(fitness), fmean(fitness.values()), first)
+        runs = self._completed.get(arm) or {0: self._stopped[arm]}
+        fitness = _paired(runs, self.control(self._candidate(arm).inherit))
+        measured = Measured(self.first(arm), arm in self._completed, fitness, fmean(fitness.values()))
         self._measured[arm] = measured
         self._means.add(measured.mean)
         for ranking in self._rankings(arm):
             ranking.add(measured)
-        if first is not None:
-            self._first_runs[self._group(measured.id)].add((-first, measured.id))
-
-    def _fitness(self, arm: str) -> dict[int, float]:
-        runs = self._completed.get(arm) or {0: self._stopped[arm]}
-        return _paired(runs, self.control(self._candidate(arm).inherit))
+        if (first := _first_run(measured)) is not None:
+            self._first_runs[self._group(measured.id)].add(first)
 
     def _rankings(self, arm: str) -> list[Ranking]:
         """That of all, and those of the groups in which a run of the arm has ended."""
@@ -213,10 +209,14 @@ class History:
         return middle(self._means) if self._means.values else 0.0
 
     def _standing(self, id: int) -> Standing:
-        arm = self._arms[id]
-        measured, fitness = self._measured[arm], self._fitness(arm)
-        score = score_of(measured.mean, measured.runs, self._centre)
-        return Standing(id, self.asks[id].candidate, measured.completed, fitness, score)
+        measured = self._measured[self._arms[id]]
+        score = score_of(measured.mean, len(measured.fitness), self._centre)
+        return Standing(id, self.asks[id].candidate, measured.completed, measured.fitness, score)
+
+
+def _first_run(measured: Measured) -> tuple[float, int] | None:
+    """What replicate 0 alone is ordered by, the best first; None where it did not complete."""
+    return (-measured.fitness[0], measured.id) if measured.completed and 0 in measured.fitness else None
 
 
 def _paired(runs: Mapping[int, float], control: Mapping[int, float]) -> dict[int, float]:

@@ -8,6 +8,7 @@ own, and the best of all are among the first of each.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 PRIOR_RUNS = 1.0
@@ -41,24 +42,17 @@ def middle(ordered: Ordered[float]) -> float:
 
 
 class Measured(NamedTuple):
-    """What is known of a candidate. id: of its first ask; mean: of the fitness of its runs; first: of replicate 0 alone,
-    None where that did not complete."""
+    """What is known of a candidate. id: of its first ask; fitness: replicate → fitness of that run; mean: of these."""
 
     id: int
     completed: bool
-    runs: int
+    fitness: Mapping[int, float]
     mean: float
-    first: float | None = None
 
 
 def score_of(mean: float, runs: int, centre: float) -> float:
     """A mean drawn towards the centre, the more the fewer runs it rests on."""
     return centre + (mean - centre) * runs / (runs + PRIOR_RUNS)
-
-
-def rank_of(measured: Measured, centre: float) -> tuple[bool, float, int]:
-    """Larger is better: a completed one before a stopped one, then by score; of equals the earlier one."""
-    return measured.completed, score_of(measured.mean, measured.runs, centre), -measured.id
 
 
 class Ranking:
@@ -68,31 +62,32 @@ class Ranking:
         self._lists: dict[tuple[bool, int], Ordered[tuple[float, int]]] = {}  # (-mean, id)
 
     def add(self, measured: Measured) -> None:
-        ordered = self._lists.setdefault((measured.completed, measured.runs), Ordered())
+        ordered = self._lists.setdefault((measured.completed, len(measured.fitness)), Ordered())
         ordered.add((-measured.mean, measured.id))
 
     def remove(self, measured: Measured) -> None:
         """Take out one that was added."""
-        self._lists[measured.completed, measured.runs].remove((-measured.mean, measured.id))
+        self._lists[measured.completed, len(measured.fitness)].remove((-measured.mean, measured.id))
 
     def best(self, count: int, centre: float, completed: bool = False) -> list[int]:
-        """Numbers of the best `count` candidates, the best first. completed: leave out those that were stopped."""
-        first = [
-            Measured(id, done, runs, -negative)
+        """Numbers of the best `count` candidates, the best first. completed: leave out those that were stopped.
+
+        A completed one is better than a stopped one, then the score decides; of equals the earlier one is better.
+        """
+        ranks = [
+            (done, score_of(-negative, runs, centre), -id)
             for (done, runs), ordered in self._lists.items()
             if done or not completed
             for negative, id in _first(ordered.values, count, runs, centre)
         ]
-        return [each.id for each in sorted(first, key=lambda each: rank_of(each, centre), reverse=True)[:count]]
+        return [-id for _, _, id in sorted(ranks, reverse=True)[:count]]
 
 
 def _first(values: list[tuple[float, int]], count: int, runs: int, centre: float) -> list[tuple[float, int]]:
     """The first `count`, and those behind whose scores are equal to the last one's: close means may round to one."""
     end = min(count, len(values))
-    while 0 < end < len(values) and _score(values[end], runs, centre) == _score(values[end - 1], runs, centre):
-        end += 1
+    if 0 < end < len(values):
+        last = score_of(-values[end - 1][0], runs, centre)
+        while end < len(values) and score_of(-values[end][0], runs, centre) == last:
+            end += 1
     return values[:end]
-
-
-def _score(value: tuple[float, int], runs: int, centre: float) -> float:
-    return score_of(-value[0], runs, centre)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from random import Random
 from statistics import NormalDist, fmean
 
 import numpy as np
 import numpy.typing as npt
 
-from autodet.distill.formula import Formula, Term
+from autodet.distill.formula import Formula
 from autodet.search.candidate import Ask, Candidate, Origin, rng_for
 from autodet.search.evolution import Admit, Space
 from autodet.search.history import History, Standing
@@ -81,7 +80,7 @@ class PredictedPhase:
         parents = sorted(known, key=lambda standing: standing.rank, reverse=True)[:PARENTS]
         for space in self.spaces:
             for formula, numbers, origin in self._draws(space, parents, rng):
-                candidate = _candidate(formula, self.inherit)
+                candidate = Candidate(formula.canonical(), self.inherit)
                 new = candidate.key not in history.keys and str(candidate.formula) not in history.refused
                 if new and candidate.formula.terms:
                     found.setdefault(candidate.key, (candidate, numbers, origin))
@@ -141,14 +140,32 @@ def predict(
 def covariance(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
     """Of the results of F with those of S encoded formulas, F×S."""
     (bodies, logs), (other_bodies, other_logs) = first, second
-    both = (bodies[:, None] >= 0) & (other_bodies[None] >= 0)
-    same = bodies[:, None] == other_bodies[None]
-    near = np.exp(-np.abs(logs[:, None] - other_logs[None]) / LENGTH)
-    shared = both * (USED + BODY * same + WEIGHT * near + TERM * same * near)  # F×S×inputs
+    shared = np.empty((len(bodies), len(other_bodies), bodies.shape[1]))  # F×S×inputs
+    for column in range(bodies.shape[1]):
+        # Formulas share terms: what two terms have in common is computed once for each pair of different ones.
+        ours, our_places = _different(bodies[:, column], logs[:, column])
+        theirs, their_places = _different(other_bodies[:, column], other_logs[:, column])
+        shared[:, :, column] = _in_common(ours, theirs)[our_places[:, None], their_places]
     total = shared.sum(axis=-1)
     pairs = (total**2 - (shared**2).sum(axis=-1)) / 2  # the sum over pairs of inputs of their products
     summed: Array = LEVEL + total + PAIR * pairs / MOST**2
     return summed
+
+
+def _different(bodies: Array, logs: Array) -> tuple[tuple[Array, Array], npt.NDArray[np.intp]]:
+    """The different terms of a column, U each, and the place of each row's term among them."""
+    values, places = np.unique(bodies + 1j * logs, return_inverse=True)
+    return (values.real, values.imag), places
+
+
+def _in_common(ours: tuple[Array, Array], theirs: tuple[Array, Array]) -> Array:
+    """What terms on one input share, U×V; nothing where the input is off."""
+    (bodies, logs), (other_bodies, other_logs) = ours, theirs
+    both = (bodies[:, None] >= 0) & (other_bodies[None] >= 0)
+    same = bodies[:, None] == other_bodies[None]
+    near = np.exp(-np.abs(logs[:, None] - other_logs[None]) / LENGTH)
+    found: Array = both * (USED + BODY * same + WEIGHT * near + TERM * same * near)
+    return found
 
 
 def expected_improvement(mean: Array, deviation: Array, best: float) -> Array:
@@ -166,21 +183,10 @@ def _encoded(formulas: Sequence[Formula]) -> tuple[Array, Array]:
     numbers: dict[str, int] = {}
     for term in (term for formula in formulas for term in formula.terms):
         columns.setdefault(term.input, len(columns))
-        numbers.setdefault(_body(term), len(numbers))
+        numbers.setdefault(term.body, len(numbers))
     bodies, logs = np.full((len(formulas), len(columns)), -1.0), np.zeros((len(formulas), len(columns)))
     for row, formula in enumerate(formulas):
         for term in formula.terms:
-            bodies[row, columns[term.input]] = numbers[_body(term)]
+            bodies[row, columns[term.input]] = numbers[term.body]
             logs[row, columns[term.input]] = math.log(term.weight)
     return bodies, logs
-
-
-@lru_cache(maxsize=1 << 16)
-def _candidate(formula: Formula, inherit: bool) -> Candidate:
-    """The candidate of a formula in canonical form; kept, because the same ones are drawn again and again."""
-    return Candidate(formula.canonical(), inherit)
-
-
-@lru_cache(maxsize=1 << 16)
-def _body(term: Term) -> str:
-    return term.body

@@ -9,7 +9,7 @@ from autodet.search.ask_tell import SOFT_CHANGE, AskTell, Rules
 from autodet.search.candidate import Ask
 from autodet.search.evolution import Admit, Breeding, Evolution, admit_all
 from autodet.search.history import Standing
-from autodet.search.prediction import PredictedPhase, Prediction
+from autodet.search.prediction import KNOWN, PredictedPhase, Prediction
 from autodet.search.spaces import GRAMMAR, Spaces
 
 GENERATIONS = 4
@@ -161,7 +161,7 @@ class DivideAndConquer(AskTell):
         if self._prediction is not None:
             spaces, pool = (space, self._spaces.whole(self.inputs, (), self._min_batch)), self._prediction.pool
             phase = PredictedPhase("weights", self._seed, inherit, spaces, pool, self._admit)
-            return phase.propose(self.history, self.history.standings())
+            return phase.propose(self.history, self.history.standings(KNOWN))
         evolution = Evolution("weights", "weights", self._seed, inherit, space, settings.weights, self._admit)
         return evolution.propose(self.history, [s for best in founders.values() for s in best])
 

@@ -51,6 +51,7 @@ class History:
     def __init__(self) -> None:
         self.asks: list[Ask] = []
         self.ends: dict[int, Status] = {}  # by number, in the order told
+        self.open: dict[int, Ask] = {}  # those that have not ended, in the order asked
         self.keys: set[str] = set()
         self.refused: set[str] = set()
         self.in_group: Counter[Group] = Counter()
@@ -78,6 +79,7 @@ class History:
         if key in self.keys:
             raise ValueError(f"expected a candidate not asked before, found {key!r} again as number {ask.id}")
         self.asks.append(ask)
+        self.open[ask.id] = ask
         self.keys.add(key)
         self.refused.update(formula for formula, _ in ask.rejected)
         self.in_group[ask.phase, ask.group] += 1
@@ -104,6 +106,7 @@ class History:
         for each in changed:
             self._forget(each)
         self.ends[id] = status
+        del self.open[id]
         self._ended_in_phase[self.asks[id].phase] += 1
         if ap is not None and status == "completed":
             self._completed.setdefault(arm, {})[candidate.replicate] = ap
@@ -161,7 +164,7 @@ class History:
 
     @property
     def running(self) -> bool:
-        return len(self.ends) < len(self.asks)
+        return bool(self.open)
 
     def ended(self, phase: str) -> float:
         """The share of the phase's asks that have ended; 1 if there are none."""
@@ -171,14 +174,21 @@ class History:
         """The arms asked in this group, in order."""
         return list(self._arms_of.get((phase, group), ()))
 
-    def standings(self) -> list[Standing]:
+    def standings(self, most: int | None = None) -> list[Standing]:
         """Every formula that completed or was stopped, best first; controls and failures are left out.
 
-        Of a long history it takes a while: see `best`.
+        most: of more than these, only the best half of that number, and of the others those that ended last. All of a
+        long history take a while: where a few best ones will do, see `best`.
         """
+        if most is not None and len(self._measured) > most:
+            found = dict.fromkeys(self._all.best((most + 1) // 2, self._centre))
+            latest = (self.first(self._arms[id]) for id in reversed(self.ends) if self._arms[id] in self._measured)
+            while len(found) < most:
+                found[next(latest)] = None
+            return sorted(map(self._standing, found), key=lambda standing: standing.rank, reverse=True)
         if self._standings is None:
-            found = (self._standing(measured.id) for measured in self._measured.values())
-            self._standings = sorted(found, key=lambda standing: standing.rank, reverse=True)
+            every = (self._standing(measured.id) for measured in self._measured.values())
+            self._standings = sorted(every, key=lambda standing: standing.rank, reverse=True)
         return list(self._standings)
 
     def best(self, count: int) -> list[Standing]:

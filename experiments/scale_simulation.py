@@ -122,7 +122,7 @@ def simulate(driver: Driver, workers: int, times: Times, ap_of: Callable[[Ask], 
 
 
 def oracle(spent: Sequence[float], workers: int) -> list[float]:
-    """When each evaluation starts where no worker ever waits: in the given order, each on the first worker that is free.
+    """When each evaluation starts where no worker ever waits: in the given order, each on the first free worker.
 
     No schedule in this order starts any of them earlier.
     """

@@ -8,7 +8,6 @@ from autodet.distill.grammar import MIN_BATCH
 from autodet.search.ask_tell import SOFT_CHANGE, AskTell, Rules
 from autodet.search.candidate import Ask
 from autodet.search.evolution import Admit, Breeding, Evolution, admit_all
-from autodet.search.history import Standing
 from autodet.search.prediction import KNOWN, PredictedPhase, Prediction
 from autodet.search.spaces import GRAMMAR, Spaces
 

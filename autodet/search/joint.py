@@ -261,7 +261,7 @@ class JointSearch:
         return kept | running | {student.weights for student in self._given}
 
     def take_unneeded(self) -> set[str]:
-        """Hashes of completed candidates' weights that are needed no more, and never will be again; each is told once."""
+        """Hashes of completed candidates' weights that nothing will need again; each is told once."""
         unneeded = self._kept - self.needed()
         self._kept -= unneeded
         return unneeded

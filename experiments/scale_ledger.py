@@ -48,7 +48,7 @@ def without_sync() -> Iterator[None]:
         yield
 
 
-def durable_ms(folder: Path, events: int = 300) -> float:
+def durable_ms(folder: Path, events: int = 100) -> float:
     """Milliseconds that recording one event takes until the disk has it: the mean over `events`, in a new run."""
     payload = told(0.5, "completed", "0" * 64)
     with Ledger.create(folder, {}) as ledger:

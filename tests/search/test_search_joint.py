@@ -247,8 +247,9 @@ def test_rebuilt_from_its_events_it_goes_on_to_the_same_end(cut: int) -> None:
 def test_front_best_and_needed_weights_are_those_of_all_candidates(aim: str, seed: int) -> None:
     """What is kept up to date, against going through everything; founders may end before the base does."""
     world, rng, removed = World(), random.Random(seed), set[str]()
-    base, narrow = Student(BASE, (), None, "base", None, 0, cost_of(BASE), 0), Arch.parse("basic-16:16x1-16x1-24x1-32x1")
-    founders = [Student(replace(BASE, body=narrow), (), None, f"founder{i}", None, 0, cost_of(BASE), 0) for i in range(3)]
+    base = Student(BASE, (), None, "base", None, 0, cost_of(BASE), 0)
+    narrow = replace(BASE, body=Arch.parse("basic-16:16x1-16x1-24x1-32x1"))
+    founders = [replace(base, spec=narrow, weights=f"founder{number}", cost=cost_of(narrow)) for number in range(3)]
     limits = {"latency_ratio": 0.8, "macs_g": 0.7} if aim == "accuracy" else {}
     chosen = settings(limits=limits, aim=aim, phases=joint_phases(80))
     search = JointSearch(base, world, chosen, seed, TAUGHT, POOL, founders=founders)

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from autodet.distill.distances import DISTANCES
 from autodet.distill.inputs import INPUTS
-from autodet.distill.syntax import FormulaError, OperationText, TermText, read_terms
+from autodet.distill.syntax import FormulaError, OperationText, TermText, is_number, read_operation, read_terms
 from autodet.distill.transforms import TRANSFORMS
 from autodet.distill.values import Kind, Operation, Param, ParamValue
 
@@ -27,7 +27,7 @@ __all__ = ["FORMULA_VERSION", "INPUTS", "Formula", "FormulaError", "Op", "Term",
 
 FORMULA_VERSION = 2  # raise it when a text comes to mean something else: keys of old records must not match
 SpecT = TypeVar("SpecT", bound=Operation)
-READ = 1 << 14  # terms whose text is remembered: a child has most of its parent's
+READ = 1 << 14  # terms and operations whose texts are remembered: a child has most of its parent's
 
 # Nothing here ever changes, and searches ask for texts and canonical forms of the same things again and again: what was
 # computed of an object stays with it.
@@ -206,11 +206,19 @@ def _weighing(term: Term, weight: float) -> Term:
 
 @lru_cache(maxsize=READ)
 def _read_term(text: str) -> Term:
-    """The one term of a text; FormulaError where there is none, or a wrong one."""
-    terms = read_terms(text)
-    if len(terms) != 1:
-        raise FormulaError(f"Expected one term, found {len(terms)}.")
-    return _bound_term(terms[0], 1)
+    """The one term of a text, or FormulaError, which cannot say where. Its operations are shared by all such terms."""
+    name, _, rest = text.partition(":")
+    rest, star, weight = rest.partition("*")
+    chain, _, distance = rest.rpartition("|")
+    if name.strip() not in INPUTS or (star and not is_number(weight.strip())):
+        raise FormulaError(f"Expected a term such as 'global: norm(c) | l2 * 1', found {text!r}.")
+    transforms = tuple(_read_op(part, "transform") for part in chain.split(">")) if chain.strip() else ()
+    return Term(name.strip(), transforms, _read_op(distance, "distance"), float(weight) if star else 1.0)
+
+
+@lru_cache(maxsize=READ)
+def _read_op(text: str, role: str) -> Op:
+    return _bound(read_operation(text), 1, role, TRANSFORMS if role == "transform" else DISTANCES)
 
 
 def typing_of(term: Term, where: str = "The term") -> tuple[Kind, ...]:

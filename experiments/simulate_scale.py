@@ -30,10 +30,11 @@ import resource
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pandas as pd
 from options import main_of, positive
@@ -47,6 +48,7 @@ from autodet.results.plots import to_png
 from autodet.results.scale_plots import draw_scale, latencies_by_history
 from autodet.search import Session, Status
 
+T = TypeVar("T")
 SHOWN = (1_000, 10_000, 100_000)  # lengths of the history in the printed table; the CSV has more
 PREDICTED = 2000  # candidates where the inputs are combined by prediction, whose asks take a tenth of a second
 EVALUATION = 300.0  # mean seconds of an evaluation, for the number of workers that a driver can serve
@@ -71,8 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.output) as scratch:
         event_ms = durable_ms(Path(scratch) / "durable")
         for job in jobs(options, Path(scratch)):
-            row, latency = measured(job) if options.here else apart(job)
-            rows.append(row | driver_of(row, event_ms))
+            run = here if options.here else apart
+            row, latency = run(measured, job)
+            row |= driver_of(row, event_ms)
+            if job.ledger is not None:
+                row |= run(recovered, job)
+                shutil.rmtree(job.ledger)
+            rows.append(row)
             latencies.append(latency)
             print(said(row), flush=True)
     table, latency = pd.DataFrame(rows), pd.concat(latencies, ignore_index=True)
@@ -124,10 +131,15 @@ def jobs(options: argparse.Namespace, scratch: Path) -> list[Job]:
     return found
 
 
-def apart(job: Job) -> tuple[dict[str, Any], pd.DataFrame]:
-    """As `measured`, in a fresh process, which holds nothing of other runs."""
+def apart(measure: Callable[[Job], T], job: Job) -> T:
+    """What is measured of a job in a fresh process, which holds nothing of other runs."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measured, job).result()
+        return pool.submit(measure, job).result()
+
+
+def here(measure: Callable[[Job], T], job: Job) -> T:
+    """The same in this process."""
+    return measure(job)
 
 
 def measured(job: Job) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -153,15 +165,13 @@ def measured(job: Job) -> tuple[dict[str, Any], pd.DataFrame]:
         "memory_mb": grown,
         "state_mb": len(pickle.dumps(case.search)) / 1e6,
     }
-    row |= {} if job.ledger is None else recovered(job)
     return row, latencies_by_history(answers).assign(searcher=job.searcher, workers=job.workers)
 
 
 def recovered(job: Job) -> dict[str, Any]:
-    """What rebuilding from the ledger of a run takes; removes it."""
+    """What rebuilding a search from the ledger of a run takes."""
     assert job.ledger is not None
     found = rebuilt(job.ledger, SEARCHERS[job.searcher](job.candidates, job.times.seed).search)
-    shutil.rmtree(job.ledger)
     return {
         "events": found.events,
         "ledger_mb": found.megabytes,

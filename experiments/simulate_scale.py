@@ -2,20 +2,21 @@
 
 command:   python experiments/simulate_scale.py [--workers 10 100 1000 2000] [--candidates 100000] [--searchers …]
 hardware:  one core; nothing is trained: evaluations take made-up, heavy-tailed times on a virtual clock
-time:      about an hour with the defaults; --candidates 5000 takes two minutes
-expected:  at 1,000 workers at least 95 % of the oracle; `ask` below 10 ms at 100,000 candidates (combining by
-           prediction: see there); rebuilding a search from the ledger of 100,000 candidates below 30 s
+time:      about an hour with the defaults; minutes with --candidates 5000 --predicted 500
+expected:  at 1,000 workers at least 95 % of the oracle; `ask` below 10 ms at 100,000 candidates, about 0.1 s where the
+           inputs are combined by prediction; rebuilding a search from the ledger of 100,000 candidates below 30 s
 
 Each searcher runs with each number of workers in a process of its own. Times are in evaluations: 1 is what one takes on
-average. Some of them fail, or lose their worker and begin again (`scale_simulation.Times`).
+average. Some of them fail, or lose their worker and begin again (`scale_simulation.Times`). What a child of the joint
+search costs is made up too: timing it, which the driver does, comes on top. With few candidates a worker, barriers show.
 
 utilisation  share of the workers' time that went into evaluations until the last one started; the drain is left out
 oracle       when the same evaluations would have started the last of them had no worker ever waited for a decision
              (each, in the same order, on the first free worker), divided by when it did start
 latency      processor ms of one answer of the search (1 % of them take longer than p99), among the last fifth of the
              candidates up to each length of the history
-driver       ms of a candidate: the search's answers, and recording its events until the disk has them for sure; what
-             this serves is workers, at 300 s an evaluation
+driver       ms of a candidate: the search's answers, and recording its three events until the disk has them for sure
+             (real candidates report every epoch); what this serves is workers, at 300 s an evaluation
 memory       of the search, and of session and ledger where there is one
 rebuilding   seconds until a search is as its ledger says: files read and checked, then replayed
 """
@@ -49,8 +50,8 @@ from autodet.results.scale_plots import draw_scale, latencies_by_history
 from autodet.search import Session, Status
 
 T = TypeVar("T")
-SHOWN = (1_000, 10_000, 100_000)  # lengths of the history in the printed table; the CSV has more
-PREDICTED = 2000  # candidates where the inputs are combined by prediction, whose asks take a tenth of a second
+SHOWN = (1_000, 3_000, 10_000, 100_000)  # lengths of the history in the printed table; the CSV has more
+PREDICTED = 3000  # candidates where the inputs are combined by prediction, whose asks take a tenth of a second
 EVALUATION = 300.0  # mean seconds of an evaluation, for the number of workers that a driver can serve
 
 

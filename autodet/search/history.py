@@ -196,7 +196,7 @@ class History:
         return [self._standing(id) for id in self._all.best(count, self._centre, completed=True)]
 
     def best_in_group(self, phase: str, group: str, count: int, completed: bool = False) -> list[Standing]:
-        """The best of one group's candidates, best first, failures left out. completed: those that were stopped too."""
+        """The best of one group's candidates, the best first. completed: leave out those that were stopped."""
         return [self._standing(id) for id in self._ended[phase, group].best(count, self._centre, completed)]
 
     def first_runs(self, phase: str, group: str) -> Sequence[tuple[float, int]]:

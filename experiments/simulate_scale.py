@@ -8,7 +8,7 @@ expected:  at 1,000 workers at least 95 % of the oracle; `ask` below 10 ms at 10
 
 Each searcher runs with each number of workers in a process of its own. Times are in evaluations: 1 is what one takes on
 average. Some of them fail, or lose their worker and begin again (`scale_simulation.Times`). What a child of the joint
-search costs is made up too: timing it, which the driver does, comes on top. With few candidates a worker, barriers show.
+search costs is made up too: timing it, which the driver does, comes on top. Barriers show where candidates are few.
 
 utilisation  share of the workers' time that went into evaluations until the last one started; the drain is left out
 oracle       when the same evaluations would have started the last of them had no worker ever waited for a decision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from presets import Preset, preset_of, recipe
@@ -18,7 +19,8 @@ class JointPreset:
     budget: children. schedule: of the pool, as a text. inputs, per_input, weights: of the distiller search. fractions:
     of the base's image size that may be chosen. fraction: of the training images, for the distiller's candidates.
     founders: members of the pool that children may descend from as well as from the base; where a pool is trained
-    longer than the base was, they are the better beginnings, and where not, their children soon lose [ours].
+    longer than the base was, they are the better beginnings, and where not, their children soon lose [ours]. larger:
+    the size of images beside the base's, as a factor of it, that the pool's members learn to see.
     """
 
     preset: Preset
@@ -33,6 +35,7 @@ class JointPreset:
     steps: Steps
     fractions: tuple[float, ...] = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0, 13 / 12, 7 / 6, 5 / 4, 4 / 3)
     founders: int = 4
+    larger: float = 7 / 6
 
     def inputs_of(self, family: str) -> tuple[str, ...]:
         """The knowledge inputs to search: responses first, which mean the same in any two detectors of a family."""
@@ -40,12 +43,20 @@ class JointPreset:
         return self.inputs if family == "faster_rcnn" else tuple(dense.get(name, name) for name in self.inputs)
 
     def steps_for(self, base: DetectorSpec) -> Steps:
-        """The sizes of steps from a base: its image size times fractions, in multiples of 32 pixels.
+        """The sizes of steps from a base."""
+        return replace(self.steps, sizes=_sizes(base, self.fractions))
 
-        torchvision's detectors pad images to such: what lies between costs as much as the next one.
-        """
-        sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in self.fractions} | {base.min_size})
-        return replace(self.steps, sizes=tuple(sizes))
+    def pool_sizes(self, base: DetectorSpec) -> tuple[int, ...]:
+        """The sizes of images that the pool's members see, the base's among them."""
+        return _sizes(base, (self.larger,))
+
+
+def _sizes(base: DetectorSpec, shares: Iterable[float]) -> tuple[int, ...]:
+    """A base's image size and others, in multiples of 32 pixels.
+
+    torchvision's detectors pad images to such: what lies between costs as much as the next one.
+    """
+    return tuple(sorted({max(32, round(base.min_size * share / 32) * 32) for share in shares} | {base.min_size}))
 
 
 def joint_preset_of(name: str, family: str) -> JointPreset:
@@ -67,23 +78,26 @@ def smoke(preset: Preset) -> JointPreset:
         weights=4,
         steps=Steps(width=4),
         founders=1,
+        larger=1.0,
     )
 
 
 def demo(preset: Preset) -> JointPreset:
-    """A few minutes on generated images; batches of 4, for the steps."""
+    """A few minutes on few generated images; batches of 4, for the steps."""
     return JointPreset(
-        preset=replace(preset, teaching=recipe(8, batch_size=4)),
+        preset=replace(preset, teaching=recipe(9, batch_size=4), shapes=(150, 40, 40)),
         child=replace(recipe(2, lr=1.5e-3, batch_size=4), warmup=5),
         budget=10,
-        schedule="1*largest > 2*sandwich(1, 1)",
+        schedule="1*largest > 1*sandwich(1, 1)",
         members=2,
         inputs=("logits.roi",),
-        fraction=0.5,
+        fraction=0.25,
         per_input=4,
         weights=4,
         steps=Steps(shrink=(0.5, 0.75)),
+        fractions=(1.0,),  # on images this small nothing is gained by other sizes
         founders=1,
+        larger=1.0,
     )
 
 

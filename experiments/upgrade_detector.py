@@ -32,7 +32,6 @@ from options import (
     positive,
     recorded,
 )
-from presets import preset_of
 from runs import checked_labels, data_folder, start_or_resume
 from upgrading import (
     BASE,
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "upgrade-detector")
     check_address(options.address)
     check(options)
-    data = data_folder(options, preset_of(options.preset, options.family))
+    data = data_folder(options, joint_preset_of(options.preset, options.family).preset)
     labels = checked_labels(data)
     given = None if (folder / BASE).exists() else given_base(options, labels)
     preset = joint_preset_of(options.preset, family_of(folder, given, options.family))

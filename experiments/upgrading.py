@@ -25,13 +25,13 @@ from runs import read_search, say_epoch
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from autodet.atomic import atomic_write_json
-from autodet.detectors import Detector, build, load_any_detector, load_detector, save_detector
+from autodet.detectors import Detector, DetectorSpec, build, load_any_detector, load_detector, save_detector
 from autodet.detectors.spec import COCO_LABELS
 from autodet.distill import Formula, why_incomparable
 from autodet.joint.examine import UserCost
 from autodet.ledger import is_run
 from autodet.morphism.settings import thaw_norms
-from autodet.teachers import TeacherPool
+from autodet.teachers import Member, TeacherPool
 from autodet.teachers.pool import MANIFEST, MEMBERS, PoolError, read_manifest, read_members
 from autodet.training import Task, train_plain
 
@@ -172,7 +172,7 @@ def pool_arguments(options: argparse.Namespace, preset: JointPreset, base: Path,
         return ["--resume", str(run), "--address", options.address, *workers]
     spec = load_detector(base)[0].spec
     pool = pool_preset_of(options.preset, spec.family)
-    space = replace(pool.space, sizes=(spec.min_size,))
+    space = replace(pool.space, sizes=preset.pool_sizes(spec))
     found = ["--preset", options.preset, "--family", spec.family, "--data", str(data), "--cache", str(options.cache)]
     found += ["--seed", str(options.seed), "--output", str(run), "--address", options.address, *workers]
     found += ["--space", str(space), "--members", str(preset.members)]
@@ -190,7 +190,8 @@ def formula_stage(
 ) -> Formula:
     """The given formula, or one searched here for students that go on from the base, as the search's children do.
 
-    The teacher is the pool's largest member. No formula at all where none was better than going on without a teacher.
+    The teacher is the pool's largest member for images of the base's size. No formula at all where none was better than
+    going on without a teacher.
     """
     if (given := given_formula(options)) is not None:
         return given
@@ -203,7 +204,8 @@ def formula_stage(
             if not is_run(run):
                 arguments = ["--preset", options.preset, "--family", spec.family, "--data", str(data)]
                 arguments += ["--cache", str(options.cache), "--seed", str(options.seed), "--output", str(run)]
-                arguments += ["--address", options.address, "--teacher", str(pool), "--start", str(base)]
+                arguments += ["--address", options.address, "--teacher", f"{pool}:{largest_for(spec, pool)}"]
+                arguments += ["--start", str(base)]
                 arguments += ["--no-inherit", "--proxy-epochs", str(preset.child.epochs)]
                 arguments += ["--proxy-rate", str(preset.child.lr), "--fraction", str(preset.fraction)]
                 arguments += ["--inputs", *preset.inputs_of(spec.family), "--budget-per-input", str(preset.per_input)]
@@ -220,9 +222,15 @@ def formula_stage(
     return Formula.parse(found["formula"])
 
 
+def largest_for(base: DetectorSpec, pool: Path) -> Member:
+    """A pool's largest member, for images of the base's size where the pool has such."""
+    return TeacherPool.open(pool).space.at_size(base.min_size).largest
+
+
 def usable_formula(formula: Formula, base: Path, pool: Path) -> Formula:
     """The terms that the base can be compared on with the pool; ValueError where there were terms and none is."""
-    student, teacher = load_detector(base)[0].spec, TeacherPool.open(pool).spec
+    student = load_detector(base)[0].spec
+    teacher = TeacherPool.open(pool).spec_of(largest_for(student, pool))
     reasons = {term: why_incomparable(term.input, student, teacher) for term in formula.terms}
     for term, reason in reasons.items():
         if reason is not None:

@@ -32,7 +32,7 @@ from autodet.training.task import OnEpoch, Pace
 
 Fetch = Callable[[str, Path], Take]  # a hash and the file that has it → copies of its tensors
 TEACHERS_AT_HAND = 4
-GENTLE = 0.2  # of the recipe's learning rate, for a child whose weights fit as they are: more only unsettles it [ours]
+GENTLE = 0.2  # of the recipe's learning rate, for a child that keeps all weights: more only unsettles them [ours]
 LOCKS = Path("/tmp")  # of every process of a machine, whatever its own folder for temporary files is
 
 

@@ -61,12 +61,15 @@ Draw = Callable[[DetectorSpec, random.Random, Steps], Iterable[int | None]]
 
 
 class Kind(NamedTuple):
-    """An action's function, the names of its values, how these are drawn, and whether detections stay the same."""
+    """An action's function, the names of its values, how these are drawn, whether detections stay the same, and how
+    often it is drawn beside the others.
+    """
 
     apply: Callable[..., Morph]
     names: tuple[str, ...]
     draw: Draw
     exact: bool = False
+    often: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,17 +142,17 @@ def are_exact(actions: Iterable[Action]) -> bool:
 
 
 def keep_weights(actions: Iterable[Action]) -> bool:
-    """Whether all weights stay, for images of the same size."""
-    return all(action.name == "keep_proposals" for action in actions)
+    """Whether all weights stay as they are."""
+    return all(action.name in SETTINGS for action in actions)
 
 
 def draw_action(spec: DetectorSpec, rng: random.Random, steps: Steps, names: Sequence[str]) -> Action | None:
     """A random action among those named whose values suit the detector; None where none was found.
 
-    Kinds are drawn evenly, then their values. Whether the detector can undergo it is for ``derive`` to say.
+    Kinds are drawn as often as they say, then their values. Whether the detector can undergo it, ``derive`` says.
     """
     for _ in range(TRIES):
-        name = rng.choice(list(names))
+        (name,) = rng.choices(list(names), [ACTIONS[name].often for name in names])
         values = tuple(ACTIONS[name].draw(spec, rng, steps))
         if None not in values:
             return Action(name, tuple(int(value) for value in values if value is not None))
@@ -241,13 +244,15 @@ ACTIONS: dict[str, Kind] = {
     "prune_neck": Kind(pruning.prune_neck, ("width",), _neck),
     "prune_head": Kind(pruning.prune_head, ("width",), _head),
     "remove_head_layer": Kind(blocks.remove_head_layer, (), _head_layer),
-    "resize": Kind(settings.resize, ("pixels",), _size),
+    # The image's size trades the most of a detector's accuracy and time.
+    "resize": Kind(settings.resize, ("pixels",), _size, often=3),
     "keep_proposals": Kind(settings.keep_proposals, ("count",), _proposals, exact=True),
 }
 ALL = tuple(ACTIONS)
 PRUNING = ("remove_block", "prune_inner", "prune_stage", "prune_neck", "prune_head", "remove_head_layer")
-TRIMMING = (*PRUNING, "resize", "keep_proposals")  # with steps below a detector's: all that makes it cheaper
-STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", "resize", "keep_proposals")
+SETTINGS = ("resize", "keep_proposals")  # which anyone could change on a detector
+TRIMMING = (*PRUNING, *SETTINGS)  # with steps below a detector's: all that makes it cheaper
+STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", *SETTINGS)
 
 
 def check_actions(names: Iterable[str]) -> None:

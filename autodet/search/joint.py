@@ -18,6 +18,7 @@ from autodet.distill.formula import Formula
 from autodet.morphism.actions import (
     ALL,
     PRUNING,
+    SETTINGS,
     STRUCTURE,
     TRIMMING,
     Action,
@@ -117,8 +118,14 @@ class JointSettings:
 
 
 def joint_phases(budget: int, actions: Sequence[str] = ALL) -> tuple[Phase, ...]:
-    """Joint-DetNAS: student and teacher together, all the time."""
-    return (Phase("joint", budget, tuple(actions)),)
+    """Joint-DetNAS: student and teacher together, all the time; a fifth of it on the detector's settings, first.
+
+    Settings keep all weights, so their children are soon trained, and which widths are best depends on them [ours].
+    """
+    settings = tuple(name for name in SETTINGS if name in actions)
+    first = budget // 5 if settings else 0
+    phases = (Phase("settings", first, settings),) if first else ()
+    return (*phases, Phase("joint", budget - first, tuple(actions)))
 
 
 def pipeline_phases(budget: int) -> tuple[Phase, ...]:
@@ -288,9 +295,8 @@ class JointSearch:
         number = len(self.asks)
         rejected: list[tuple[str, str]] = []
         for parent, drawn, teacher, formula, draw in self._draws(phase, number):
+            weights, before = self.weights[parent], self.student(parent)
             for actions in self._trimmed(parent, drawn, phase, draw):
-                weights = self.weights[parent]
-                before = self.student(parent)
                 # A second timing of the same detector would only differ by chance.
                 examined = self._examine(weights, actions, draw) if actions else Examined(before.spec, before.cost)
                 if isinstance(examined, str):
@@ -314,6 +320,8 @@ class JointSearch:
         draw: int,
     ) -> Candidate:
         epochs = self.settings.epochs + (self.student(parent).epochs if self.settings.inherit else 0)
+        if teacher is not None and self._teachers and examined.spec.min_size in self._teachers.sizes:
+            teacher = replace(teacher, size=examined.spec.min_size)  # one that sees what the student sees
         taught = EMPTY if teacher is None else self._comparable(formula, examined.spec, teacher)
         inherited = (parent, self.weights[parent], teacher if taught.terms else None)
         student = Student(examined.spec, actions, *inherited, draw, examined.cost, epochs)

@@ -120,6 +120,10 @@ class PoolSpace:
         stems = len(self.stem.values) if self.stem else 1
         return len(self.sizes) * stems * math.prod(stage.count for stage in self.stages)
 
+    def at_size(self, pixels: int) -> PoolSpace:
+        """Its members for images of one size, where there are any; else itself."""
+        return replace(self, sizes=(pixels,)) if pixels in self.sizes else self
+
     @property
     def largest(self) -> Member:
         """The member with the most of everything, whose weights all share."""

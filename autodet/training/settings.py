@@ -72,5 +72,5 @@ def make_optimizer(modules: Iterable[nn.Module], settings: TrainSettings) -> tor
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, foreach=True)
-    return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)

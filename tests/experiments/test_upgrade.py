@@ -117,7 +117,7 @@ def test_every_candidate_ends_once_whatever_is_killed(upgraded: Path) -> None:
     records = records_from(events)
     assert all(record.status == "completed" for record in records)
     assert [record.epochs for record in records] == [0, 0] + 7 * [2]
-    assert [record.phase for record in records[:3]] == ["base", "founders", "joint"]
+    assert [record.phase for record in records[:3]] == ["base", "founders", "settings"]
     for record in records[2:]:
         path = lineage(records, record.id)
         before = POOL_EPOCHS if path[0].id == 1 else 0  # the founder has the pool's epochs

@@ -105,7 +105,7 @@ def test_a_child_whose_weights_fit_is_trained_gently(
             super().__init__(detector, loader, settings, *others)
 
     monkeypatch.setattr("autodet.training.task.Trainer", Watched)
-    for actions, inherit in (("keep", True), ("keep_proposals(count=5)", True), ("resize(pixels=48)", True)):
+    for actions, inherit in (("keep", True), ("resize(pixels=48)", True), ("prune_neck(width=8)", True)):
         JointBench(task).evaluate(candidate(base, actions, inherit=inherit), None)
     JointBench(task).evaluate(candidate(base, "keep", inherit=False), None)
     lr = task.task.settings.lr

@@ -46,7 +46,7 @@ def width_of(spec: DetectorSpec) -> int:
 
 
 def cost_of(spec: DetectorSpec) -> RelativeCost:
-    ratio = 0.2 + 0.8 * width_of(spec) / width_of(BASE)
+    ratio = (0.2 + 0.8 * width_of(spec) / width_of(BASE)) * (0.5 + 0.5 * spec.min_size / BASE.min_size)
     return RelativeCost(ratio, 0.01, 10 * ratio, ratio, ratio)
 
 
@@ -69,6 +69,8 @@ class World:
                     spec = replace(spec, body=replace(spec.body, stages=tuple(stages)))
                 except MorphError as error:
                     return str(error)
+            elif action.name == "resize":
+                spec = replace(spec, min_size=action.values[0])
             elif action.name == "prune_head":
                 return "This world has no heads."
         return Examined(spec, cost_of(spec))
@@ -169,18 +171,8 @@ def test_over_the_limit_only_what_is_on_its_way_down_is_trained() -> None:
     assert any("has no heads" in reason for ask in search.asks for _, reason in ask.rejected)
 
 
-class LargerImagesCostMore(World):
-    def __call__(self, weights: str, actions: Sequence[Action], draw: int) -> Examined | str:
-        found = super().__call__(weights, actions, draw)
-        assert isinstance(found, Examined)
-        sizes = [action.values[0] for action in actions if action.name == "resize"]
-        spec = replace(found.spec, min_size=sizes[0]) if sizes else found.spec
-        ratio = cost_of(spec).latency_ratio * (0.5 + 0.5 * spec.min_size / BASE.min_size)
-        return Examined(spec, replace(cost_of(spec), latency_ratio=ratio))
-
-
 def test_a_child_beyond_the_limit_pays_in_another_place_for_what_it_has_grown() -> None:
-    world = LargerImagesCostMore()
+    world = World()
     phase = Phase("joint", 40, ("resize", "prune_stage"))
     steps = replace(STEPS, sizes=(48, BASE.min_size, 72))
     search = search_of(world=world, limits={"latency_ratio": 1.0}, phases=(phase,), steps=steps, most_actions=1)
@@ -316,6 +308,22 @@ def test_teachers_are_as_the_phase_says(teachers: str) -> None:
         assert (kept > 10) == (teachers == "searched")
 
 
+def test_a_teacher_sees_images_of_its_students_size_where_the_pool_has_such() -> None:
+    world = World()
+    base = Student(BASE, (), None, "base", None, 0, cost_of(BASE), 0)
+    pool = replace(POOL, sizes=(48, BASE.min_size))
+    steps = replace(STEPS, sizes=(40, 48, BASE.min_size))
+    search = JointSearch(base, world, settings(steps=steps, limits={"latency_ratio": 1.0}), 0, TAUGHT, pool)
+    run(search, world)
+    seen = set()
+    for ask in search.asks[1:]:
+        student = student_of(ask)
+        assert student.teacher is not None and student.teacher.size in pool.sizes
+        assert student.teacher.size == student.spec.min_size or student.spec.min_size == 40
+        seen.add(student.spec.min_size)
+    assert seen == {40, 48, BASE.min_size}
+
+
 def test_the_pipeline_goes_phase_by_phase_and_distils_the_best_one() -> None:
     world = World()
     search = search_of(world=world, phases=pipeline_phases(30))
@@ -398,3 +406,14 @@ def test_mistakes_are_refused() -> None:
         search.tell(0, 0.5, "completed", "base")
     with pytest.raises(ValueError, match="ask number 0"):
         search.replay(Ask(1, search_of().ask().candidate, "x", "x"))  # type: ignore[union-attr]
+
+
+def test_settings_come_first_and_no_search_without_them_has_that_phase() -> None:
+    world = World()
+    search = search_of(world=world)
+    run(search, world)
+    phases = [ask.phase for ask in search.asks]
+    assert phases == ["base"] + ["settings"] * 8 + ["joint"] * 32
+    for ask in search.asks[1:9]:
+        assert {action.name for action in student_of(ask).actions} <= {"resize", "keep_proposals"}
+    assert [phase.name for phase in joint_phases(4)] == ["joint"] == [phase.name for phase in joint_phases(40, ())]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import os
 import re
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from autodet.atomic import atomic_write_bytes
 from autodet.records import Event, check_payload
@@ -15,7 +20,8 @@ from autodet.working_copy import discard
 
 VERSION = 1
 EVENTS = "events"
-EVENT_NAME = re.compile(r"(\d{8})-(asked|reported|told)-(\d{6,})\.json")
+EVENT_NAME = re.compile(r"\d{8}-(asked|reported|told)-\d{6,}\.json")
+READERS, CHUNK = 16, 64  # threads that read events, and the files of one turn
 
 logger = logging.getLogger(__name__)
 
@@ -62,36 +68,43 @@ def event_name(event: Event) -> str:
     return f"{event.number:08d}-{event.kind}-{event.id:06d}.json"
 
 
-def event_files(folder: Path) -> list[tuple[int, Path]]:
-    """(number, path) of all event files in order; temporary and other files are left out."""
+def event_names(folder: Path) -> list[str]:
+    """The names of all event files in order; temporary and other files are left out."""
     try:
-        names = sorted(os.listdir(folder / EVENTS))
+        names = os.listdir(folder / EVENTS)
     except FileNotFoundError:
         return []
-    matches = [match for name in names if (match := EVENT_NAME.fullmatch(name))]
-    return [(int(match[1]), folder / EVENTS / match[0]) for match in matches]
+    return sorted(filter(EVENT_NAME.fullmatch, names))
 
 
 def read_events(folder: Path) -> tuple[list[Event], Path | None]:
     """All valid events, and the last one's path if that one is damaged."""
-    files = _contiguous_files(folder)
+    with collecting_later():
+        return _read_events(folder)
+
+
+def _read_events(folder: Path) -> tuple[list[Event], Path | None]:
+    names, path = _contiguous_names(folder), folder / EVENTS
     index = Rules()
     events: list[Event] = []
-    for number, path in files:
+    for number, (name, content) in enumerate(zip(names, _contents(path, names), strict=True)):
         try:
-            event = _read_event(path)
+            event = _event_of(name, content)
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            if number == len(files) - 1:
-                return events, path
+            if number == len(names) - 1:
+                return events, path / name
             raise LedgerError(
-                f"{path}: expected a complete event, found a damaged one ({error}). Restore it from a copy, or move it "
-                f"and the {len(files) - 1 - number} later events to {path.parent / 'damaged'} and resume: "
+                f"{path / name}: expected a complete event, found a damaged one ({error}). Restore it from a copy, or "
+                f"move it and the {len(names) - 1 - number} later events to {path / 'damaged'} and resume: "
                 "what they recorded is done again"
             ) from error
+        except LedgerError as error:
+            raise LedgerError(f"{path / name}: {error}") from error
         try:
             index.check(event)
         except LedgerError as error:
-            raise LedgerError(f"{path}: {error}; was the folder edited by hand? Restore it from a copy") from error
+            remedy = "was the folder edited by hand? Restore it from a copy"
+            raise LedgerError(f"{path / name}: {error}; {remedy}") from error
         index.add(event)
         events.append(event)
     return events, None
@@ -100,30 +113,30 @@ def read_events(folder: Path) -> tuple[list[Event], Path | None]:
 def new_events(folder: Path, known: int) -> list[Event]:
     """The events after the first ``known`` ones that are there by now; what is not yet whole is left for later."""
     events: list[Event] = []
-    for number, path in event_files(folder)[known:]:
+    for name in event_names(folder)[known:]:
         try:
-            event = _read_event(path)
+            event = _event_of(name, _value(str(folder / EVENTS / name)))
         except (ValueError, KeyError, TypeError, FileNotFoundError):
             break
-        if number != known + len(events):
+        if event.number != known + len(events):
             break
         events.append(event)
     return events
 
 
-def _contiguous_files(folder: Path, attempts: int = 3) -> list[tuple[int, Path]]:
+def _contiguous_names(folder: Path, attempts: int = 3) -> list[str]:
     """The event files, numbered 0, 1, …; a listing made while a writer adds files may miss one, so look again."""
     for attempt in range(attempts):
-        files = event_files(folder)
-        wrong = next((i for i, (number, _) in enumerate(files) if number != i), None)
+        names = event_names(folder)
+        wrong = next((place for place, name in enumerate(names) if _number(name) != place), None)
         if wrong is None:
-            return files
+            return names
         if attempt + 1 < attempts:
             time.sleep(0.02)
-    number, path = files[wrong or 0]
-    if wrong and number == files[wrong - 1][0]:
+    path, number = folder / EVENTS / names[wrong or 0], _number(names[wrong or 0])
+    if wrong and number == _number(names[wrong - 1]):
         raise LedgerError(
-            f"{path}: expected one event with number {number}, also found {files[wrong - 1][1].name}; two drivers "
+            f"{path}: expected one event with number {number}, also found {names[wrong - 1]}; two drivers "
             "wrote at once: keep the older file, move the other and all later events away, then resume"
         )
     raise LedgerError(
@@ -132,16 +145,72 @@ def _contiguous_files(folder: Path, attempts: int = 3) -> list[tuple[int, Path]]
     )
 
 
-def _read_event(path: Path) -> Event:
+def _number(name: str) -> int:
+    return int(name[:8])
+
+
+def _contents(folder: Path, names: Sequence[str]) -> Iterator[Any]:
+    """The JSON value of each file, in order, or the error that reading it gives.
+
+    Several files are read at a time: one that is not in memory takes a disk or a network most of a millisecond, and a
+    long run has hundreds of thousands.
+    """
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for values in pool.map(lambda chunk: _read([f"{folder}/{name}" for name in chunk]), chunks):
+            yield from values
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(paths: Sequence[str]) -> list[Any]:
+    """The JSON values of files, read as one list, so that they share their keys, which would fill the memory."""
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        values: list[Any] = json.loads(b"[" + b",".join(_bytes(path) for path in paths) + b"]")
+        if len(values) == len(paths):
+            return values
+    return [_value(path) for path in paths]  # one is damaged: which one?
+
+
+def _value(path: str) -> Any:
+    try:
+        return json.loads(_bytes(path))
+    except (ValueError, FileNotFoundError) as error:
+        return error
+
+
+def _bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _event_of(name: str, content: Any) -> Event:
     """One event, checked against its file's name. Raises ValueError, KeyError or TypeError when it is damaged."""
-    data = json.loads(path.read_bytes())
-    if data["version"] != VERSION:
-        raise LedgerError(f"{path}: expected version {VERSION}, found {data['version']}; use the autodet that wrote it")
-    event = Event(data["number"], data["kind"], data["id"], data["time"], data["payload"])
+    if isinstance(content, Exception):
+        raise content
+    if content["version"] != VERSION:
+        raise LedgerError(f"expected version {VERSION}, found {content['version']}; use the autodet that wrote it")
+    event = Event(content["number"], content["kind"], content["id"], content["time"], content["payload"])
     check_payload(event.kind, event.payload)
-    if event_name(event) != path.name:
+    if event_name(event) != name:
         raise ValueError(f"its content says {event_name(event)}")
     return event
+
+
+@contextlib.contextmanager
+def collecting_later() -> Iterator[None]:
+    """Let Python not look for garbage where millions of objects are made to stay: it takes most of the time."""
+    was_enabled, were_frozen = gc.isenabled(), gc.get_freeze_count() > 0
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # with the next line: makes all objects old, without the three rounds that this takes otherwise
+        if not were_frozen:
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def set_aside(path: Path) -> None:

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from autodet.atomic import WriteError, atomic_write_bytes, atomic_write_json, plain_json
-from autodet.event_files import EVENTS, VERSION, LedgerError, Rules, event_files, event_name, read_events, set_aside
+from autodet.event_files import EVENTS, VERSION, LedgerError, Rules, event_name, event_names, read_events, set_aside
 from autodet.lease import Lease, LeaseHeld, LeaseLost
 from autodet.records import Event, Kind, Record, check_payload, records_from
 
@@ -59,7 +59,7 @@ class Ledger:
         (folder / EVENTS).mkdir(parents=True, exist_ok=True)
         lease = Lease(folder)
         try:
-            if (folder / CONFIG).exists() or event_files(folder):
+            if (folder / CONFIG).exists() or event_names(folder):
                 raise LedgerError(
                     f"{folder}: expected a folder without a run, found one; resume it or choose another folder"
                 )
@@ -193,9 +193,10 @@ class Ledger:
 
     def _refuse_foreign_events(self) -> None:
         """The folder changed since this writer's last event: an event it does not know means a second writer."""
-        for number, path in event_files(self.run_dir):
-            if number >= len(self._events) or path.name != event_name(self._events[number]):
-                raise LedgerError(_foreign(path))
+        known = {event_name(event) for event in self._events}
+        for name in event_names(self.run_dir):
+            if name not in known:
+                raise LedgerError(_foreign(self.run_dir / EVENTS / name))
 
 
 def is_run(folder: Path | str) -> bool:

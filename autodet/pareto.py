@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -20,10 +21,37 @@ def front(points: Iterable[Point]) -> list[Point]:
     Of equal points the first asked stays.
     """
     found: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.cost, -point.ap, point.id)):
+    for point in sorted(points, key=_order):
         if not found or point.ap > found[-1].ap:
             found.append(point)
     return found
+
+
+class Front:
+    """A front that is kept while points come in, in any order: what `front` makes of all of them.
+
+    points: by rising cost, and so by rising AP; not to be changed from outside.
+    """
+
+    def __init__(self, points: Iterable[Point] = ()) -> None:
+        self.points: list[Point] = []
+        for point in points:
+            self.add(point)
+
+    def add(self, point: Point) -> None:
+        """Take in a point, which may be dominated, or dominate others."""
+        start = bisect_left(self.points, (point.cost, -point.ap, point.id), key=_order)
+        if start and self.points[start - 1].ap >= point.ap:
+            return  # by that which costs next to it, or as much
+        end = start
+        while end < len(self.points) and self.points[end].ap <= point.ap:
+            end += 1
+        self.points[start:end] = [point]
+
+
+def _order(point: Point) -> tuple[float, float, int]:
+    """By cost; of equal ones the more accurate first, then the one asked first."""
+    return point.cost, -point.ap, point.id
 
 
 def hypervolume(points: Iterable[Point], reference: tuple[float, float]) -> float:

@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import logging
 import multiprocessing
@@ -190,6 +191,30 @@ def test_damage_before_the_end_names_file_and_remedy(ledger: Ledger, content: by
             opening(ledger.run_dir).events()
     with pytest.raises(LedgerError, match="Restore it"):
         Ledger.resume(ledger.run_dir)  # and not LeaseHeld: a failed resume keeps no lease
+
+
+@pytest.mark.parametrize("place", [0, 63, 64])
+def test_damage_is_found_among_many_events(ledger: Ledger, place: int) -> None:
+    """Also where two neighbours would make sense together."""
+    fill(ledger, 25)
+    ledger.close()
+    events = ledger.run_dir / "events"
+    first, second = (events / name for name in event_names(ledger)[place : place + 2])
+    whole = json.loads(first.read_bytes())
+    first.write_text('{"version": 1, "payload": [1')
+    second.write_text(f'2], "later": {json.dumps(whole)}}}')
+    with pytest.raises(LedgerError, match=rf"{first.name}.*Restore it.*{74 - place} later events"):
+        Ledger.open(ledger.run_dir).events()
+    first.write_text(json.dumps(whole) + "," + json.dumps(whole))
+    second.write_text("")
+    with pytest.raises(LedgerError, match=rf"{first.name}.*Restore it"):
+        Ledger.open(ledger.run_dir).events()
+
+
+def test_many_events_are_read_in_order_and_the_garbage_collector_goes_on(ledger: Ledger) -> None:
+    fill(ledger, 25)
+    assert Ledger.open(ledger.run_dir).events() == ledger.events()
+    assert gc.isenabled()
 
 
 def test_gap_twice_the_same_number_and_broken_order(ledger: Ledger) -> None:

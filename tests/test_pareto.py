@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from autodet.pareto import Point, crowding, front, hypervolume
+from autodet.pareto import Front, Point, crowding, front, hypervolume
 
 
 def points_of(seed: int, count: int = 40) -> list[Point]:
@@ -24,6 +24,17 @@ def test_the_front_is_what_nothing_dominates(seed: int) -> None:
     ]
     assert sorted(front(points)) == sorted(expected)
     assert [p.cost for p in front(points)] == sorted(p.cost for p in expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_front_that_is_kept_is_the_front_of_all_points_so_far(seed: int) -> None:
+    points = points_of(seed, 120)
+    random.Random(seed).shuffle(points)  # numbers do not come in order: a slow candidate ends late
+    kept = Front()
+    for count, point in enumerate(points, 1):
+        kept.add(point)
+        assert kept.points == front(points[:count])
+    assert Front(points).points == kept.points
 
 
 @pytest.mark.parametrize("seed", range(5))

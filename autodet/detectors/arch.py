@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final, Literal, NoReturn, cast, get_args
 
 from torch import Tensor
@@ -21,6 +22,7 @@ BLOCKS: Final[tuple[BlockKind, ...]] = get_args(BlockKind)
 STAGES: Final = 4  # C2 to C5 at strides 4, 8, 16, 32: what a feature pyramid reads
 JSON_VERSION: Final = 1
 WIDTH_STEP: Final = 8  # scaled widths are multiples of this: odd widths waste vector units
+READ: Final = 1 << 12  # texts whose bodies are remembered: the students of a search have many in common
 BOTTLENECK_RATIO: Final = 4  # a bottleneck's default inner width is its output width over this
 
 
@@ -83,7 +85,7 @@ class Arch:
     def parse(cls, text: str) -> Arch:
         """The inverse of ``str``. ArchError says at which position what was expected and found."""
         try:
-            return _parse(TextReader(text))
+            return _read(text)
         except TextError as error:
             raise ArchError(f"{error}; an example: {cls.resnet18()}") from None
 
@@ -245,6 +247,11 @@ def parse_blocks(reader: TextReader) -> tuple[BlockKind, int]:
         reader.expect("]", "']' after the groups")
     reader.expect("-", "'-' and the stem's width")
     return block, groups
+
+
+@lru_cache(maxsize=READ)
+def _read(text: str) -> Arch:
+    return _parse(TextReader(text))
 
 
 def _parse(reader: TextReader) -> Arch:

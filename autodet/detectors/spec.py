@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Final
 
-from autodet.detectors.arch import Arch, ArchError
+from autodet.detectors.arch import READ, Arch, ArchError
 
 FAMILIES: Final = ("faster_rcnn", "retinanet", "fcos")
 TOPS: Final = {"faster_rcnn": ("pool",), "retinanet": ("neck", "body"), "fcos": ("neck", "body")}
@@ -121,10 +122,10 @@ class DetectorSpec:
             if name in values:
                 raise SpecError(f"Expected every field once in {text!r}, found {name!r} again.")
             try:
-                values[name] = json.loads(value)
+                values[name] = _value(value)
             except json.JSONDecodeError as error:
                 raise SpecError(f"Expected name=<JSON value> in {text!r}, found {word!r}.") from error
-        return cls.from_json(values)
+        return cls._made(values)
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; the body as its text."""
@@ -136,13 +137,17 @@ class DetectorSpec:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DetectorSpec:
         """The inverse of ``to_json``; unknown, missing or malformed fields raise SpecError."""
+        return cls._made({name: _tuples(value) for name, value in values.items()})
+
+    @classmethod
+    def _made(cls, values: Mapping[str, Any]) -> DetectorSpec:
+        """values: with tuples for lists."""
         known = {field.name for field in fields(cls)}
         unknown, missing = sorted(set(values) - known), sorted({"family", "body", "labels"} - set(values))
         if unknown or missing:
             raise SpecError(f"A detector's description has unknown fields {unknown} and lacks {missing}.")
-        converted = {name: _tuples(value) for name, value in values.items() if name != "body"}
         try:
-            return cls(body=Arch.parse(str(values["body"])), **converted)
+            return cls(**{**values, "body": Arch.parse(str(values["body"]))})
         except (ArchError, TypeError) as error:  # TypeError: text or null where a number belongs
             raise SpecError(f"A detector's description has a malformed value: {error}") from error
 
@@ -159,6 +164,12 @@ class DetectorSpec:
     def with_labels(self, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
         """The same detector for other classes."""
         return replace(self, labels=tuple(labels))
+
+
+@lru_cache(maxsize=READ)
+def _value(text: str) -> Any:
+    """A field's value, with tuples for lists. Specs of equal texts share it: labels may be many."""
+    return _tuples(json.loads(text))
 
 
 def _tuples(value: Any) -> Any:

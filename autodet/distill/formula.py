@@ -14,11 +14,12 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 from autodet.distill.distances import DISTANCES
 from autodet.distill.inputs import INPUTS
-from autodet.distill.syntax import FormulaError, OperationText, TermText, read_terms
+from autodet.distill.syntax import FormulaError, OperationText, TermText, is_number, read_operation, read_terms
 from autodet.distill.transforms import TRANSFORMS
 from autodet.distill.values import Kind, Operation, Param, ParamValue
 
@@ -26,6 +27,10 @@ __all__ = ["FORMULA_VERSION", "INPUTS", "Formula", "FormulaError", "Op", "Term",
 
 FORMULA_VERSION = 2  # raise it when a text comes to mean something else: keys of old records must not match
 SpecT = TypeVar("SpecT", bound=Operation)
+READ = 1 << 14  # terms and operations whose texts are remembered: a child has most of its parent's
+
+# Nothing here ever changes, and searches ask for texts and canonical forms of the same things again and again: what was
+# computed of an object stays with it.
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,14 @@ class Op:
 
     def canonical(self) -> Op:
         """Each parameter in its type, defaults dropped."""
+        return self._simplest or self
+
+    @cached_property
+    def _simplest(self) -> Op | None:
+        """The canonical form; None where this is one."""
         arguments = self.arguments()
         kept = ((p, p.normalised(arguments[p.name])) for p in _operation(self.name).params)
-        return Op(self.name, tuple((p.name, value) for p, value in kept if value != p.default))
+        return _simple(Op(self.name, tuple((p.name, value) for p, value in kept if value != p.default)))
 
     @property
     def axis(self) -> str | None:
@@ -59,6 +69,10 @@ class Op:
         return _operation(self.name).batch_rows if self.axis == "n" else 1
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         first = next((p.name for p in _operation(self.name).params), None)
         words = [_word(value) if name == first else f"{name}={_word(value)}" for name, value in self.params]
         return f"{self.name}({', '.join(words)})" if words else self.name
@@ -73,7 +87,7 @@ class Term:
     distance: Op
     weight: float = 1.0
 
-    @property
+    @cached_property
     def body(self) -> str:
         """The text without the weight: what the term compares."""
         chain = " > ".join(str(op) for op in self.transforms)
@@ -91,13 +105,18 @@ class Term:
 
     def canonical(self) -> Term:
         """The simplest term of the same meaning: what does nothing is dropped."""
+        return self._simplest or self
+
+    @cached_property
+    def _simplest(self) -> Term | None:
+        """The canonical form; None where this is one."""
         chain: list[Op] = []
         for op in (op.canonical() for op in self.transforms):
             spec = TRANSFORMS[op.name]
             repeated = spec.idempotent and bool(chain) and chain[-1] == op
             if not repeated and (spec.identity is None or op.arguments().get(spec.identity[0]) != spec.identity[1]):
                 chain.append(op)
-        return Term(self.input, tuple(chain), self.distance.canonical(), float(self.weight))
+        return _simple(Term(self.input, tuple(chain), self.distance.canonical(), float(self.weight)))
 
     def __str__(self) -> str:
         return f"{self.body} * {_word(self.weight)}"
@@ -112,14 +131,19 @@ class Formula:
     @classmethod
     def parse(cls, text: str) -> Formula:
         """Read and check a formula; FormulaError says which term, where, why, and what would be valid."""
-        formula = cls(tuple(_bound_term(term, number) for number, term in enumerate(read_terms(text), 1)))
+        try:
+            formula = cls(tuple(_read_term(part) for part in text.split(";")))
+        except FormulaError:  # or "none"; of the whole text it can be said where
+            formula = cls(tuple(_bound_term(term, number) for number, term in enumerate(read_terms(text), 1)))
         formula.validate()
         return formula
 
     def validate(self) -> None:
         """Raise FormulaError unless every term is complete, fits its input's kind and has a weight ≥ 0."""
         for number, term in enumerate(self.terms, 1):
-            typing_of(term, f"Term {number}")
+            if "checked" not in vars(term):
+                typing_of(term, f"Term {number}")
+                vars(term)["checked"] = True
 
     def canonical(self) -> Formula:
         """The one form of all formulas of equal meaning; random masks count as equal where their expectation is.
@@ -127,6 +151,11 @@ class Formula:
         Defaults and operations without effect are dropped, equal bodies merged by adding their weights, terms of
         weight zero dropped, and the rest sorted by text. Equivalences that hold only up to rounding are not sought.
         """
+        return self._simplest or self
+
+    @cached_property
+    def _simplest(self) -> Formula | None:
+        """The canonical form; None where this is one."""
         self.validate()
         weights: dict[str, float] = {}
         bodies: dict[str, Term] = {}
@@ -134,7 +163,7 @@ class Formula:
             bodies[term.body] = term
             weights[term.body] = weights.get(term.body, 0.0) + term.weight
         merged = [(bodies[body], float(f"{weights[body]:.12g}")) for body in sorted(bodies)]
-        return Formula(tuple(Term(t.input, t.transforms, t.distance, weight) for t, weight in merged if weight > 0))
+        return _simple(Formula(tuple(_weighing(term, weight) for term, weight in merged if weight > 0)))
 
     @property
     def key(self) -> str:
@@ -159,6 +188,37 @@ class Formula:
 
     def __str__(self) -> str:
         return "; ".join(str(term) for term in self.terms) or "none"
+
+
+SimpleT = TypeVar("SimpleT", Op, Term, Formula)
+
+
+def _simple(value: SimpleT) -> SimpleT:
+    """A new value, known to be in canonical form."""
+    vars(value)["_simplest"] = None
+    return value
+
+
+def _weighing(term: Term, weight: float) -> Term:
+    """A term in canonical form with another weight; the same object where it is the same one."""
+    return term if term.weight == weight else _simple(Term(term.input, term.transforms, term.distance, weight))
+
+
+@lru_cache(maxsize=READ)
+def _read_term(text: str) -> Term:
+    """The one term of a text, or FormulaError, which cannot say where. Its operations are shared by all such terms."""
+    name, _, rest = text.partition(":")
+    rest, star, weight = rest.partition("*")
+    chain, _, distance = rest.rpartition("|")
+    if name.strip() not in INPUTS or (star and not is_number(weight.strip())):
+        raise FormulaError(f"Expected a term such as 'global: norm(c) | l2 * 1', found {text!r}.")
+    transforms = tuple(_read_op(part, "transform") for part in chain.split(">")) if chain.strip() else ()
+    return Term(name.strip(), transforms, _read_op(distance, "distance"), float(weight) if star else 1.0)
+
+
+@lru_cache(maxsize=READ)
+def _read_op(text: str, role: str) -> Op:
+    return _bound(read_operation(text), 1, role, TRANSFORMS if role == "transform" else DISTANCES)
 
 
 def typing_of(term: Term, where: str = "The term") -> tuple[Kind, ...]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import TypeAlias
 
 from autodet.distill.distances import DISTANCES
@@ -29,6 +31,7 @@ MIN_BATCH = 3  # from here on every operation of the language means something
 WEIGHT_MUTATION = 0.3  # share of mutations that change the weight, which decides as much as the operations
 SLOTS = ("A", "B", "C")
 NONE = "none"
+DRAWN = 1 << 14  # terms that are remembered: draws come back to the same ones
 
 Choose: TypeAlias = Callable[[str, Sequence[ParamValue]], ParamValue]
 Genes: TypeAlias = dict[str, ParamValue]  # "B": "pool", "B.pool.k": 2, "distance": "l1", "weight": 6
@@ -47,7 +50,7 @@ def term_from_choices(
             kind = TRANSFORMS[op.name].produces(kind, op.arguments())
     distance = _chosen_op(choose, f"{input}/distance", _distances(kind, min_batch), kind, min_batch)
     assert distance is not None  # "none" is not among the distances
-    return Term(input, tuple(chain), distance, float(choose(f"{input}/weight", weights))).canonical()
+    return _term(input, tuple(chain), distance, float(choose(f"{input}/weight", weights)))
 
 
 def formula_from_choices(
@@ -181,12 +184,21 @@ def _every_chain(slots: Sequence[str], kind: Kind, min_batch: int) -> Iterator[t
             yield (op, *rest), last
 
 
-def _slot(slot: str, kind: Kind, min_batch: int) -> dict[str, Operation]:
-    return {name: t for name, t in TRANSFORMS.items() if t.slot == slot and _possible(t, kind, min_batch)}
+@lru_cache(maxsize=DRAWN)
+def _term(input: str, chain: tuple[Op, ...], distance: Op, weight: float) -> Term:
+    """The canonical term; equal ones are one object, which knows its text."""
+    return Term(input, chain, distance, weight).canonical()
 
 
-def _distances(kind: Kind, min_batch: int) -> dict[str, Operation]:
-    return {name: distance for name, distance in DISTANCES.items() if _possible(distance, kind, min_batch)}
+@cache
+def _slot(slot: str, kind: Kind, min_batch: int) -> Mapping[str, Operation]:
+    found = {name: t for name, t in TRANSFORMS.items() if t.slot == slot and _possible(t, kind, min_batch)}
+    return MappingProxyType(found)
+
+
+@cache
+def _distances(kind: Kind, min_batch: int) -> Mapping[str, Operation]:
+    return MappingProxyType({name: d for name, d in DISTANCES.items() if _possible(d, kind, min_batch)})
 
 
 def _possible(spec: Operation, kind: Kind, min_batch: int) -> bool:
@@ -194,6 +206,7 @@ def _possible(spec: Operation, kind: Kind, min_batch: int) -> bool:
     return fits and all(_param_options(spec, param, kind, min_batch) for param in spec.params)
 
 
+@cache
 def _param_options(spec: Operation, param: Param, kind: Kind, min_batch: int) -> tuple[ParamValue, ...]:
     return tuple(option for option in param.options(kind) if option != "n" or spec.batch_rows <= min_batch)
 
@@ -216,7 +229,13 @@ def _chosen_op(choose: Choose, name: str, specs: Mapping[str, Operation], kind: 
         gene = f"{name}.{chosen}.{param.name}"
         gene = f"{gene}@{kind}" if param.type == "axis" else gene
         params.append((param.name, choose(gene, _param_options(spec, param, kind, min_batch))))
-    return Op(chosen, tuple(params))
+    return _op(chosen, tuple(params))
+
+
+@lru_cache(maxsize=DRAWN)
+def _op(name: str, params: tuple[tuple[str, ParamValue], ...]) -> Op:
+    """Equal operations are one object, which knows its canonical form."""
+    return Op(name, params)
 
 
 def _genes(term: Term) -> Genes:

@@ -14,9 +14,8 @@ from typing import NoReturn
 
 from autodet.distill.values import ParamValue
 
-_TOKEN = re.compile(
-    r"(?P<space>\s+)|(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_][\w.]*)|(?P<sign>[:>|*;(),=])"
-)
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_TOKEN = re.compile(rf"(?P<space>\s+)|(?P<number>{_NUMBER})|(?P<name>[A-Za-z_][\w.]*)|(?P<sign>[:>|*;(),=])")
 
 
 class FormulaError(ValueError):
@@ -69,6 +68,20 @@ def read_terms(text: str) -> tuple[TermText, ...]:
     return tuple(terms)
 
 
+def read_operation(text: str) -> OperationText:
+    """One operation, such as ``pool(2)``, with positions in this text."""
+    reader = _Reader(_tokens(text))
+    operation = reader.operation()
+    if not reader.at_end():
+        raise FormulaError(f"Expected one operation, found {text!r}.")
+    return operation
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is one number of the language."""
+    return re.fullmatch(_NUMBER, text) is not None
+
+
 def _tokens(text: str) -> list[Token]:
     tokens, start = [], 0
     while start < len(text):
@@ -97,12 +110,12 @@ class _Reader:
         name = self._take("name", "an input such as 'global'")
         self.sign(":", f"':' after the input {name.text!r}")
         if self._skip("|"):  # 'global: | l2' reads as 'global: l2'
-            return TermText(name.text, (), self._operation(), self._weight(), name.position)
-        operations = [self._operation()]
+            return TermText(name.text, (), self.operation(), self._weight(), name.position)
+        operations = [self.operation()]
         while self._skip(">"):
-            operations.append(self._operation())
+            operations.append(self.operation())
         if self._skip("|"):
-            transforms, distance = operations, self._operation()
+            transforms, distance = operations, self.operation()
         elif len(operations) == 1:
             transforms, distance = [], operations[0]
         else:
@@ -116,7 +129,7 @@ class _Reader:
     def _weight(self) -> float:
         return float(self._take("number", "a weight, a number such as 0.5").text) if self._skip("*") else 1.0
 
-    def _operation(self) -> OperationText:
+    def operation(self) -> OperationText:
         name = self._take("name", "the name of a transform or distance")
         arguments: list[Argument] = []
         if self._skip("("):

@@ -9,13 +9,12 @@ from autodet.working_copy import discard
 
 
 def remove_unneeded(folder: Path, search: JointSearch) -> list[str]:
-    """Remove the weights of candidates that have ended and are needed no more; their hashes.
+    """Remove the weights of candidates that have ended and are needed no more, since the last call; their hashes.
 
     So the folder holds those of the front, the best, the base, founders, running children's parents, and those just
     being written.
     """
-    gone = sorted(set(search.weights.values()) - search.needed())
-    return [hash for hash in gone if _removed(folder / f"{hash}.safetensors")]
+    return [hash for hash in sorted(search.take_unneeded()) if _removed(folder / f"{hash}.safetensors")]
 
 
 def remove_strays(folder: Path, search: JointSearch) -> list[str]:

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,6 +19,7 @@ Values = tuple[int, ...]
 TEXT = re.compile(r"(\w+)\(([^()]*)\)")
 JOINT = " > "  # between the actions of one step
 KEEP = "keep"  # the text of no action at all
+READ = 1 << 12  # texts whose actions are remembered: a search draws the same ones again and again
 TRIES = 30  # of drawing an action that a detector can undergo
 
 
@@ -91,20 +93,25 @@ class Action:
     @classmethod
     def parse(cls, text: str) -> Action:
         """The inverse of ``str``; MorphError where it is none."""
-        found = TEXT.fullmatch(text.strip())
-        if found is None or found[1] not in ACTIONS:
-            raise MorphError(f"Expected an action such as prune_stage(stage=2, width=48), found {text!r}.")
-        pairs = [pair.partition("=") for pair in found[2].split(",") if pair.strip()]
-        names = tuple(name.strip() for name, _, _ in pairs)
-        if names != ACTIONS[found[1]].names or not all(value.strip().isdecimal() for _, _, value in pairs):
-            expected = ", ".join(f"{name}=<number>" for name in ACTIONS[found[1]].names)
-            raise MorphError(f"Expected {found[1]}({expected}), found {text!r}.")
-        return cls(found[1], tuple(int(value) for _, _, value in pairs))
+        return _read(text.strip())
 
 
 def actions_text(actions: Sequence[Action]) -> str:
     """Several actions, the first one first: ``add_block(stage=3) > resize(pixels=160)``; ``keep`` for none."""
     return JOINT.join(map(str, actions)) or KEEP
+
+
+@lru_cache(maxsize=READ)
+def _read(text: str) -> Action:
+    found = TEXT.fullmatch(text)
+    if found is None or found[1] not in ACTIONS:
+        raise MorphError(f"Expected an action such as prune_stage(stage=2, width=48), found {text!r}.")
+    pairs = [pair.partition("=") for pair in found[2].split(",") if pair.strip()]
+    names = tuple(name.strip() for name, _, _ in pairs)
+    if names != ACTIONS[found[1]].names or not all(value.strip().isdecimal() for _, _, value in pairs):
+        expected = ", ".join(f"{name}=<number>" for name in ACTIONS[found[1]].names)
+        raise MorphError(f"Expected {found[1]}({expected}), found {text!r}.")
+    return Action(found[1], tuple(int(value) for _, _, value in pairs))
 
 
 def parse_actions(text: str) -> tuple[Action, ...]:

@@ -126,7 +126,7 @@ class AskTell(ABC):
         if self.history.ended(explored[-1]) < SOFT_CHANGE:
             return None
         group = f"after {sum(self.history.in_phase[phase] for phase in explored)}"
-        best = [s.candidate for s in self.history.standings() if s.completed][: self.rules.finalists]
+        best = [standing.candidate for standing in self.history.best(self.rules.finalists)]
         return self._replicate("final", group, best, self.rules.finalists, self.rules.final_runs)
 
     def _replicate(self, phase: str, group: str, chosen: Sequence[Candidate], most: int, runs: int) -> Ask | None:

@@ -8,8 +8,7 @@ from autodet.distill.grammar import MIN_BATCH
 from autodet.search.ask_tell import SOFT_CHANGE, AskTell, Rules
 from autodet.search.candidate import Ask
 from autodet.search.evolution import Admit, Breeding, Evolution, admit_all
-from autodet.search.history import Standing
-from autodet.search.prediction import PredictedPhase, Prediction
+from autodet.search.prediction import KNOWN, PredictedPhase, Prediction
 from autodet.search.spaces import GRAMMAR, Spaces
 
 GENERATIONS = 4
@@ -138,19 +137,22 @@ class DivideAndConquer(AskTell):
         """Chosen by replicate 0 alone, as replicates that have come in would make some better founded than others."""
         if not self._ready():
             return None
-        singles = [s for input in self.inputs for s in self._completed(input) if 0 in s.fitness]
-        singles.sort(key=lambda standing: (-standing.fitness[0], standing.id))
-        best_of_inputs = {self.history.asks[s.id].group: s for s in reversed(singles)}.values()
-        chosen = [*singles[: self.settings.replicated], *best_of_inputs]
-        group = f"after {self.history.in_phase['formula']}"
-        arms = [standing.candidate for standing in chosen]
+        history = self.history
+        lists = [runs for input in self.inputs if (runs := history.first_runs("formula", input))]
+        most = self.settings.replicated
+        best = sorted(run for runs in lists for run in runs[:most])[:most]
+        best_of_inputs = [runs[0] for runs in sorted(lists, key=lambda runs: runs[-1], reverse=True)]
+        arms = [history.asks[id].candidate for _, id in (*best, *best_of_inputs)]
+        group = f"after {history.in_phase['formula']}"
         return self._replicate("replicate", group, arms, self._most_replicated, self.settings.runs)
 
     def _weights(self) -> Ask | None:
         settings = self.settings
         if not self._ready() or self.history.in_phase["weights"] >= self._combinations:
             return None
-        founders = {input: self._completed(input)[: settings.top] for input in self.inputs}
+        founders = {
+            input: self.history.best_in_group("formula", input, settings.top, completed=True) for input in self.inputs
+        }
         terms: dict[str, list[Term]] = {input: [s.formula.terms[0] for s in best] for input, best in founders.items()}
         if not any(terms.values()):
             return None
@@ -158,18 +160,9 @@ class DivideAndConquer(AskTell):
         if self._prediction is not None:
             spaces, pool = (space, self._spaces.whole(self.inputs, (), self._min_batch)), self._prediction.pool
             phase = PredictedPhase("weights", self._seed, inherit, spaces, pool, self._admit)
-            return phase.propose(self.history, self.history.standings())
+            return phase.propose(self.history, self.history.standings(KNOWN))
         evolution = Evolution("weights", "weights", self._seed, inherit, space, settings.weights, self._admit)
         return evolution.propose(self.history, [s for best in founders.values() for s in best])
 
     def _finals(self) -> Ask | None:
         return self._final("formula", "weights") if self._ready() else None
-
-    def _completed(self, input: str) -> list[Standing]:
-        """The input's formulas of the formula phase, best first."""
-        standings = (s for s in self.history.standings() if s.completed)
-        return [s for s in standings if self._is_single(s, input)]
-
-    def _is_single(self, standing: Standing, input: str) -> bool:
-        ask = self.history.asks[standing.id]
-        return (ask.phase, ask.group) == ("formula", input)

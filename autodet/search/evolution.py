@@ -18,12 +18,16 @@ RANDOM_ATTEMPTS = 96
 
 @dataclass(frozen=True)
 class Space:
-    """How formulas of a space are drawn and varied; `given` are asked before any is drawn."""
+    """How formulas of a space are drawn and varied; `given` are asked before any is drawn.
+
+    size: the most formulas that can come of it, None where that is not known.
+    """
 
     random: Callable[[Random], Formula]
     mutate: Callable[[Formula, Random], Formula]
     crossover: Callable[[Formula, Formula, Random], Formula]
     given: tuple[Formula, ...] = ()
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,17 @@ class Evolution:
         `founders` are members that another group has evaluated, in addition to this group's own.
         `rejected` collects what the probe turned down on the way (formula, reason), and is stored in the ask.
         """
+        if history.in_group[self.phase, self.group] == self.space.size:
+            return None  # all were asked: drawing them again and again would take a while
         rejected = [] if rejected is None else rejected
-        turned_down = history.refused | {text for text, _ in rejected}
+        turned_down = {text for text, _ in rejected}
         index = history.in_group[self.phase, self.group]
         for drawn, parents, origin in self._draws(history, founders, index):
             formula = drawn.canonical()
             candidate = Candidate(formula, self.inherit)
-            if not formula.terms or candidate.key in history.keys or str(formula) in turned_down:
+            if not formula.terms or candidate.key in history.keys:
+                continue
+            if str(formula) in history.refused or str(formula) in turned_down:
                 continue
             reason = self.admit(formula)
             if reason is None:
@@ -104,8 +112,9 @@ class Evolution:
             yield self.space.random(rng), (), "random"
 
     def _members(self, history: History, founders: Sequence[Standing]) -> list[Standing]:
-        known = [*founders, *history.ended_in_group(self.phase, self.group)]
-        return sorted(known, key=lambda member: member.rank, reverse=True)[: self.breeding.population]
+        population = self.breeding.population
+        known = [*founders, *history.best_in_group(self.phase, self.group, population)]
+        return sorted(known, key=lambda member: member.rank, reverse=True)[:population]
 
     def _child(self, members: Sequence[Standing], rng: Random) -> tuple[Formula, tuple[int, ...], Origin]:
         first = self._winner(members, rng)

@@ -1,17 +1,17 @@
 """What a search has asked and been told, and how good each formula looks in the light of it."""
 
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 
 from autodet.distill.formula import Formula
 from autodet.search.candidate import EMPTY, Ask, Candidate, Status
+from autodet.search.ranking import Measured, Ordered, Ranking, middle, score_of
 
-PRIOR_RUNS = 1.0
-"""How many runs the prior of `Standing.score` counts for. 1 says that seeds spread the AP as much as formulas do,
-which is what small data sets show; a choice of ours."""
+Group = tuple[str, str]
+"""Phase and group of an ask."""
 
 CONTROL_ARMS = {inherit: Candidate(EMPTY, inherit).arm for inherit in (True, False)}
 
@@ -42,22 +42,32 @@ class Standing:
 
 
 class History:
-    """The events of a search. Nothing here is random, and nothing depends on time."""
+    """The events of a search. Nothing here is random, and nothing depends on time.
+
+    What searches ask for is kept up to date as results come in: an ask that went through all of a long history would
+    keep workers waiting.
+    """
 
     def __init__(self) -> None:
         self.asks: list[Ask] = []
         self.ends: dict[int, Status] = {}  # by number, in the order told
+        self.open: dict[int, Ask] = {}  # those that have not ended, in the order asked
         self.keys: set[str] = set()
         self.refused: set[str] = set()
-        self.in_group: Counter[tuple[str, str]] = Counter()
+        self.in_group: Counter[Group] = Counter()
         self.in_phase: Counter[str] = Counter()
         self._ended_in_phase: Counter[str] = Counter()
         self._arms: list[str] = []  # by number
+        self._arms_of: dict[Group, dict[str, None]] = {}  # in the order asked
         self._replicates: dict[str, list[int]] = {}  # arm → numbers of its asks
         self._completed: dict[str, dict[int, float]] = {}  # arm → replicate → AP
         self._stopped: dict[str, float] = {}
-        self._fitness: dict[str, Mapping[int, float]] = {}  # arm → replicate → paired; no controls; filled when needed
-        self._standings: dict[str, Standing] | None = None
+        self._measured: dict[str, Measured] = {}  # arm → what its runs say beside the controls'; no controls
+        self._means: Ordered[float] = Ordered()
+        self._all = Ranking()
+        self._ended: defaultdict[Group, Ranking] = defaultdict(Ranking)
+        self._first_runs: defaultdict[Group, Ordered[tuple[float, int]]] = defaultdict(Ordered)
+        self._standings: list[Standing] | None = None
 
     def commit(self, ask: Ask) -> None:
         """Take an ask into the state. Raises ValueError if it is not the next one, or repeats a candidate."""
@@ -69,11 +79,13 @@ class History:
         if key in self.keys:
             raise ValueError(f"expected a candidate not asked before, found {key!r} again as number {ask.id}")
         self.asks.append(ask)
+        self.open[ask.id] = ask
         self.keys.add(key)
         self.refused.update(formula for formula, _ in ask.rejected)
         self.in_group[ask.phase, ask.group] += 1
         self.in_phase[ask.phase] += 1
         self._arms.append(arm)
+        self._arms_of.setdefault((ask.phase, ask.group), {})[arm] = None
         self._replicates.setdefault(arm, []).append(ask.id)
 
     def tell(self, id: int, ap: float | None, status: Status) -> None:
@@ -88,22 +100,53 @@ class History:
             )
         if ap is None or not math.isfinite(ap):
             status = "failed"
-        self.ends[id] = status
-        self._ended_in_phase[self.asks[id].phase] += 1
         candidate, arm = self.asks[id].candidate, self._arms[id]
+        # All arms are measured beside the controls.
+        changed = [arm] if candidate.formula.terms else list(self._measured) if status == "completed" else []
+        for each in changed:
+            self._forget(each)
+        self.ends[id] = status
+        del self.open[id]
+        self._ended_in_phase[self.asks[id].phase] += 1
         if ap is not None and status == "completed":
             self._completed.setdefault(arm, {})[candidate.replicate] = ap
         elif ap is not None and status == "stopped":
             self._stopped[arm] = ap
-        self._forget(arm if candidate.formula.terms else None)
-
-    def _forget(self, arm: str | None) -> None:
-        """Measure an arm anew; None: all of them, as a control has changed."""
+        for each in changed:
+            self._measure(each)
         self._standings = None
-        if arm is None:
-            self._fitness.clear()
-        else:
-            self._fitness.pop(arm, None)
+
+    def _forget(self, arm: str) -> None:
+        """Take an arm out of all orders."""
+        measured = self._measured.pop(arm, None)
+        if measured is not None:
+            self._means.remove(measured.mean)
+            for ranking in self._rankings(arm):
+                ranking.remove(measured)
+            if (first := _first_run(measured)) is not None:
+                self._first_runs[self._group(measured.id)].remove(first)
+
+    def _measure(self, arm: str) -> None:
+        """Put an arm into all orders, if it completed or was stopped."""
+        if arm not in self._completed and arm not in self._stopped:
+            return
+        runs = self._completed.get(arm) or {0: self._stopped[arm]}
+        fitness = _paired(runs, self.control(self._candidate(arm).inherit))
+        measured = Measured(self.first(arm), arm in self._completed, fitness, fmean(fitness.values()))
+        self._measured[arm] = measured
+        self._means.add(measured.mean)
+        for ranking in self._rankings(arm):
+            ranking.add(measured)
+        if (first := _first_run(measured)) is not None:
+            self._first_runs[self._group(measured.id)].add(first)
+
+    def _rankings(self, arm: str) -> list[Ranking]:
+        """That of all, and those of the groups in which a run of the arm has ended."""
+        groups = {self._group(id) for id in self._replicates[arm] if id in self.ends}
+        return [self._all, *(self._ended[group] for group in groups)]
+
+    def _group(self, id: int) -> Group:
+        return self.asks[id].phase, self.asks[id].group
 
     def get(self, id: int) -> Ask:
         """The ask of this number. Raises ValueError if there is none."""
@@ -121,7 +164,7 @@ class History:
 
     @property
     def running(self) -> bool:
-        return len(self.ends) < len(self.asks)
+        return bool(self.open)
 
     def ended(self, phase: str) -> float:
         """The share of the phase's asks that have ended; 1 if there are none."""
@@ -129,18 +172,36 @@ class History:
 
     def arms(self, phase: str, group: str) -> list[str]:
         """The arms asked in this group, in order."""
-        mine = (ask.id for ask in self.asks if (ask.phase, ask.group) == (phase, group))
-        return list(dict.fromkeys(self._arms[id] for id in mine))
+        return list(self._arms_of.get((phase, group), ()))
 
-    def standings(self) -> list[Standing]:
-        """Every formula that completed or was stopped, best first; controls and failures are left out."""
-        return list(self._measured().values())
+    def standings(self, most: int | None = None) -> list[Standing]:
+        """Every formula that completed or was stopped, best first; controls and failures are left out.
 
-    def ended_in_group(self, phase: str, group: str) -> list[Standing]:
-        """Standings of one group's candidates in the order in which they ended, failures left out."""
-        measured = self._measured()
-        mine = (id for id in self.ends if (self.asks[id].phase, self.asks[id].group) == (phase, group))
-        return [measured[self._arms[id]] for id in mine if self._arms[id] in measured]
+        most: of more than these, only the best half of that number, and of the others those that ended last. All of a
+        long history take a while: where a few best ones will do, see `best`.
+        """
+        if most is not None and len(self._measured) > most:
+            found = dict.fromkeys(self._all.best((most + 1) // 2, self._centre))
+            latest = (self.first(self._arms[id]) for id in reversed(self.ends) if self._arms[id] in self._measured)
+            while len(found) < most:
+                found[next(latest)] = None
+            return sorted(map(self._standing, found), key=lambda standing: standing.rank, reverse=True)
+        if self._standings is None:
+            every = (self._standing(measured.id) for measured in self._measured.values())
+            self._standings = sorted(every, key=lambda standing: standing.rank, reverse=True)
+        return list(self._standings)
+
+    def best(self, count: int) -> list[Standing]:
+        """The best of those that completed, the best first."""
+        return [self._standing(id) for id in self._all.best(count, self._centre, completed=True)]
+
+    def best_in_group(self, phase: str, group: str, count: int, completed: bool = False) -> list[Standing]:
+        """The best of one group's candidates, the best first. completed: leave out those that were stopped."""
+        return [self._standing(id) for id in self._ended[phase, group].best(count, self._centre, completed)]
+
+    def first_runs(self, phase: str, group: str) -> Sequence[tuple[float, int]]:
+        """A group's arms by replicate 0 alone, where that completed: (minus its fitness, number), the best first."""
+        return self._first_runs[phase, group].values
 
     def runs(self, arm: str) -> Mapping[int, float]:
         """Replicate → AP of an arm's completed runs."""
@@ -153,25 +214,19 @@ class History:
     def _candidate(self, arm: str) -> Candidate:
         return self.asks[self.first(arm)].candidate
 
-    def _measured(self) -> dict[str, Standing]:
-        if self._standings is None:
-            self._standings = self._measure()
-        return self._standings
+    @property
+    def _centre(self) -> float:
+        return middle(self._means) if self._means.values else 0.0
 
-    def _measure(self) -> dict[str, Standing]:
-        for arm in (*self._stopped, *self._completed):
-            if arm not in self._fitness and self._candidate(arm).formula.terms:
-                runs = self._completed.get(arm) or {0: self._stopped[arm]}
-                self._fitness[arm] = _paired(runs, self.control(self._candidate(arm).inherit))
-        means = {arm: fmean(fitness.values()) for arm, fitness in self._fitness.items()}
-        centre = median(means.values()) if means else 0.0
-        standings = {arm: self._standing(arm, mean, centre) for arm, mean in means.items()}
-        return dict(sorted(standings.items(), key=lambda pair: pair[1].rank, reverse=True))
+    def _standing(self, id: int) -> Standing:
+        measured = self._measured[self._arms[id]]
+        score = score_of(measured.mean, len(measured.fitness), self._centre)
+        return Standing(id, self.asks[id].candidate, measured.completed, measured.fitness, score)
 
-    def _standing(self, arm: str, mean: float, centre: float) -> Standing:
-        id, fitness = self.first(arm), self._fitness[arm]
-        score = centre + (mean - centre) * len(fitness) / (len(fitness) + PRIOR_RUNS)
-        return Standing(id, self.asks[id].candidate, arm in self._completed, fitness, score)
+
+def _first_run(measured: Measured) -> tuple[float, int] | None:
+    """What replicate 0 alone is ordered by, the best first; None where it did not complete."""
+    return (-measured.fitness[0], measured.id) if measured.completed and 0 in measured.fitness else None
 
 
 def _paired(runs: Mapping[int, float], control: Mapping[int, float]) -> dict[int, float]:

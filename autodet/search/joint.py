@@ -27,7 +27,7 @@ from autodet.morphism.actions import (
     check_actions,
     draw_action,
 )
-from autodet.pareto import Point, crowding, front
+from autodet.pareto import Front, Point, crowding
 from autodet.records import RelativeCost
 from autodet.search.candidate import EMPTY, FINISHED, WAIT, Answer, Ask, Candidate, Status, Student, rng_for
 from autodet.search.evolution import Space
@@ -174,6 +174,10 @@ class JointSearch:
         self.ends: dict[int, Status] = {}
         self.weights: dict[int, str] = {}  # of completed candidates, by number
         self._points: dict[int, Point] = {}
+        self._front = Front()
+        self._best: Point | None = None
+        self._running: set[int] = set()
+        self._kept: set[str] = set()  # hashes of completed candidates that were needed when last looked at
         self._arms: dict[str, int] = {}  # arm → replicates asked
 
     @property
@@ -183,7 +187,7 @@ class JointSearch:
 
     def ask(self) -> Answer:
         """The next child; the base and the founders first, of which children need one that has ended."""
-        running, number = len(self.ends) < len(self.asks), len(self.asks)
+        running, number = bool(self._running), len(self.asks)
         if number < len(self._given):
             phase_name = FOUNDERS if number else BASE
             candidate = Candidate(EMPTY, self.settings.inherit, 0, self._given[number])
@@ -209,10 +213,20 @@ class JointSearch:
             raise ValueError(f"expected a candidate that was asked and has not ended, found {id}")
         fine = status == "completed" and ap is not None and math.isfinite(ap) and weights is not None
         self.ends[id] = status if fine or status != "completed" else "failed"
+        self._running.remove(id)
         if fine:
             assert ap is not None and weights is not None
             self.weights[id] = weights
-            self._points[id] = Point(id, self.cost_of(self.student(id).cost), ap)
+            self._kept.add(weights)
+            self._take_in(Point(id, self.cost_of(self.student(id).cost), ap))
+
+    def _take_in(self, point: Point) -> None:
+        self._points[point.id] = point
+        self._front.add(point)
+        if point.id == 0 and self.settings.aim == "cost":
+            self._best = next(iter(self.ranked()), None)  # what is as accurate as the base was not known before
+        elif self._suits(point) and (self._best is None or self._order(point) < self._order(self._best)):
+            self._best = point
 
     def student(self, id: int) -> Student:
         """The student of an ask."""
@@ -226,33 +240,44 @@ class JointSearch:
 
     def front(self) -> list[Point]:
         """The archive: what no completed candidate is better than in both aims, by rising cost."""
-        return front(self._points.values())
+        return list(self._front.points)
 
     def ranked(self) -> list[Point]:
         """The candidates within the limits that suit the aim, the best one first."""
         # Not of the front alone, whose cost may not be the limited one.
-        within = [point for point in self._points.values() if self.within(self.student(point.id).cost)]
-        if self.settings.aim == "cost":
-            base = self._points.get(0)
-            within = [point for point in within if base is not None and point.ap >= base.ap]
-            return sorted(within, key=lambda point: (point.cost, -point.ap, point.id))
-        return sorted(within, key=lambda point: (-point.ap, point.cost, point.id))
+        return sorted(filter(self._suits, self._points.values()), key=self._order)
 
     def best(self) -> Point | None:
         """The first of them; None where there is none."""
-        return next(iter(self.ranked()), None)
+        return self._best
+
+    def _suits(self, point: Point) -> bool:
+        base = self._points.get(0)
+        accurate = self.settings.aim == "accuracy" or (base is not None and point.ap >= base.ap)
+        return accurate and self.within(self.student(point.id).cost)
+
+    def _order(self, point: Point) -> tuple[float, float, int]:
+        aims = (point.cost, -point.ap) if self.settings.aim == "cost" else (-point.ap, point.cost)
+        return *aims, point.id
 
     def needed(self) -> set[str]:
         """Hashes of the weights that something may still inherit from, or that a user may choose."""
-        best = self.best()
-        kept = {self.weights[point.id] for point in (*self.front(), *([best] if best else []))}
-        running = {self.student(ask.id).weights for ask in self.asks if ask.id not in self.ends}
+        best = [] if self._best is None else [self._best]
+        kept = {self.weights[point.id] for point in (*self._front.points, *best)}
+        running = {self.student(id).weights for id in self._running}
         return kept | running | {student.weights for student in self._given}
+
+    def take_unneeded(self) -> set[str]:
+        """Hashes of completed candidates' weights that nothing will need again; each is told once."""
+        unneeded = self._kept - self.needed()
+        self._kept -= unneeded
+        return unneeded
 
     def _commit(self, ask: Ask) -> Ask:
         if ask.id < len(self._given) and ask.candidate.student is not None:
             self._given[ask.id] = ask.candidate.student  # of a resumed run: as they were timed when it began
         self.asks.append(ask)
+        self._running.add(ask.id)
         arm = ask.candidate.arm
         self._arms[arm] = self._arms.get(arm, 0) + 1
         return ask
@@ -325,7 +350,7 @@ class JointSearch:
     def _parent(self, phase: Phase, rng: Random) -> int:
         if phase.parents == "base" and 0 in self._points:
             return 0
-        best, points = self.best(), self.front()
+        best, points = self._best, self._front.points
         done = len(self.asks) / self.budget
         if best is not None and (phase.parents == "best" or rng.random() < self.settings.focus * done):
             return best.id

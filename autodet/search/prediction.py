@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from random import Random
 from statistics import NormalDist, fmean
 
 import numpy as np
 import numpy.typing as npt
 
-from autodet.distill.formula import Formula, Term
+from autodet.distill.formula import Formula
 from autodet.search.candidate import Ask, Candidate, Origin, rng_for
 from autodet.search.evolution import Admit, Space
 from autodet.search.history import History, Standing
@@ -33,6 +32,8 @@ PAIR = 0.45  # of two inputs together, beyond the sum
 LEVEL = 100.0  # of the mean: not known beforehand
 NOISE = 0.3  # of one training's result, between seeds
 LENGTH = 1.0  # weights that differ by this factor of e share exp(-1) of what equal weights share
+KNOWN = 600  # results that the model goes by where there are more (as in no preset): its work grows as their cube
+RUNNING = 250  # candidates, those asked last, whose results are allowed for before they come in
 PARENTS = 8  # best formulas known, from which children are drawn
 NORMAL = NormalDist()
 
@@ -81,7 +82,7 @@ class PredictedPhase:
         parents = sorted(known, key=lambda standing: standing.rank, reverse=True)[:PARENTS]
         for space in self.spaces:
             for formula, numbers, origin in self._draws(space, parents, rng):
-                candidate = _candidate(formula, self.inherit)
+                candidate = Candidate(formula.canonical(), self.inherit)
                 new = candidate.key not in history.keys and str(candidate.formula) not in history.refused
                 if new and candidate.formula.terms:
                     found.setdefault(candidate.key, (candidate, numbers, origin))
@@ -108,15 +109,15 @@ class PredictedPhase:
         Candidates that are running are taken to end as predicted, so that others do not repeat what they will tell.
         A stopped one counts with its last AP, which is on the low side.
         """
-        seen = [standing.formula for standing in known]
         results = [fmean(standing.fitness.values()) for standing in known]
         noise = [NOISE / len(standing.fitness) for standing in known]
-        running = [ask.candidate.formula for ask in history.asks if ask.id not in history.ends]
+        running = [ask.candidate.formula for ask in list(history.open.values())[-RUNNING:]]
         running = [formula for formula in running if formula.terms]
+        model = Model([*(standing.formula for standing in known), *running], formulas)
         if running:
-            results += predict(seen, results, noise, running)[0].tolist()
-            seen, noise = seen + running, noise + [NOISE] * len(running)
-        return expected_improvement(*predict(seen, results, noise, formulas), best=max(results))
+            results += model.predict(results, noise, slice(len(known), len(known) + len(running)))[0].tolist()
+            noise += [NOISE] * len(running)
+        return expected_improvement(*model.predict(results, noise, model.wanted), best=max(results))
 
 
 def predict(
@@ -126,29 +127,70 @@ def predict(
 
     noise: variance of each known result, where the variance of all of them is 1.
     """
-    centre, spread = float(np.mean(results)), float(np.std(results)) or 1.0
-    bodies, logs = _encoded((*known, *wanted))
-    ours, theirs = (bodies[: len(known)], logs[: len(known)]), (bodies[len(known) :], logs[len(known) :])
-    between = covariance(theirs, ours)
-    weights = np.linalg.solve(covariance(ours, ours) + np.diag(noise), between.T)  # known × wanted
-    mean = weights.T @ ((np.asarray(results) - centre) / spread)
-    used = (theirs[0] >= 0).sum(axis=1)
-    own = LEVEL + used * MOST + PAIR * used * (used - 1) / 2  # the diagonal of covariance(theirs, theirs)
-    variance = own - np.einsum("wk,kw->w", between, weights)
-    return centre + spread * mean, spread * np.sqrt(np.maximum(variance, 1e-9))
+    model = Model(known, wanted)
+    return model.predict(results, noise, model.wanted)
+
+
+class Model:
+    """What the results of formulas say of one another. The covariances of all are computed once."""
+
+    def __init__(self, known: Sequence[Formula], wanted: Sequence[Formula]) -> None:
+        bodies, logs = _encoded((*known, *wanted))
+        every, ours = (bodies, logs), (bodies[: len(known)], logs[: len(known)])
+        self.wanted = slice(len(known), len(known) + len(wanted))
+        self._covariance = covariance(every, ours)  # of all with the known ones
+        used = (bodies >= 0).sum(axis=1)
+        self._own = LEVEL + used * MOST + PAIR * used * (used - 1) / 2  # of each formula with itself
+
+    def predict(self, results: Sequence[float], noise: Sequence[float], wanted: slice) -> tuple[Array, Array]:
+        """Mean and standard deviation of the wanted ones' results, given those of the first known ones."""
+        count = len(results)
+        centre, spread = float(np.mean(results)), float(np.std(results)) or 1.0
+        between, ours = self._covariance[wanted, :count], self._covariance[:count, :count]
+        weights = np.linalg.solve(ours + np.diag(noise), between.T)  # known × wanted
+        mean = weights.T @ ((np.asarray(results) - centre) / spread)
+        variance = self._own[wanted] - np.einsum("wk,kw->w", between, weights)
+        return centre + spread * mean, spread * np.sqrt(np.maximum(variance, 1e-9))
 
 
 def covariance(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
     """Of the results of F with those of S encoded formulas, F×S."""
     (bodies, logs), (other_bodies, other_logs) = first, second
+    pages, squares = [], []
+    for column in range(bodies.shape[1]):
+        # Formulas share terms: what two terms have in common is computed once for each pair of different ones.
+        ours, our_places = _different(bodies[:, column], logs[:, column])
+        theirs, their_places = _different(other_bodies[:, column], other_logs[:, column])
+        pages.append(_in_common(ours, theirs)[our_places[:, None], their_places])
+        squares.append(pages[-1] ** 2)
+    total = _summed(pages)
+    pairs = (total**2 - _summed(squares)) / 2  # the sum over pairs of inputs of their products
+    summed: Array = LEVEL + total + PAIR * pairs / MOST**2
+    return summed
+
+
+def _summed(pages: Sequence[Array]) -> Array:
+    """The sum of all, rounded as numpy's sum of a row is, which adds eight numbers in pairs."""
+    if len(pages) == 8:
+        pages = [first + second for first, second in zip(pages[::2], pages[1::2], strict=True)]
+        return (pages[0] + pages[1]) + (pages[2] + pages[3])
+    return sum(pages[1:], pages[0])
+
+
+def _different(bodies: Array, logs: Array) -> tuple[tuple[Array, Array], npt.NDArray[np.intp]]:
+    """The different terms of a column, U each, and the place of each row's term among them."""
+    values, places = np.unique(bodies + 1j * logs, return_inverse=True)
+    return (values.real, values.imag), places
+
+
+def _in_common(ours: tuple[Array, Array], theirs: tuple[Array, Array]) -> Array:
+    """What terms on one input share, U×V; nothing where the input is off."""
+    (bodies, logs), (other_bodies, other_logs) = ours, theirs
     both = (bodies[:, None] >= 0) & (other_bodies[None] >= 0)
     same = bodies[:, None] == other_bodies[None]
     near = np.exp(-np.abs(logs[:, None] - other_logs[None]) / LENGTH)
-    shared = both * (USED + BODY * same + WEIGHT * near + TERM * same * near)  # F×S×inputs
-    total = shared.sum(axis=-1)
-    pairs = (total**2 - (shared**2).sum(axis=-1)) / 2  # the sum over pairs of inputs of their products
-    summed: Array = LEVEL + total + PAIR * pairs / MOST**2
-    return summed
+    found: Array = both * (USED + BODY * same + WEIGHT * near + TERM * same * near)
+    return found
 
 
 def expected_improvement(mean: Array, deviation: Array, best: float) -> Array:
@@ -166,21 +208,10 @@ def _encoded(formulas: Sequence[Formula]) -> tuple[Array, Array]:
     numbers: dict[str, int] = {}
     for term in (term for formula in formulas for term in formula.terms):
         columns.setdefault(term.input, len(columns))
-        numbers.setdefault(_body(term), len(numbers))
+        numbers.setdefault(term.body, len(numbers))
     bodies, logs = np.full((len(formulas), len(columns)), -1.0), np.zeros((len(formulas), len(columns)))
     for row, formula in enumerate(formulas):
         for term in formula.terms:
-            bodies[row, columns[term.input]] = numbers[_body(term)]
+            bodies[row, columns[term.input]] = numbers[term.body]
             logs[row, columns[term.input]] = math.log(term.weight)
     return bodies, logs
-
-
-@lru_cache(maxsize=1 << 16)
-def _candidate(formula: Formula, inherit: bool) -> Candidate:
-    """The candidate of a formula in canonical form; kept, because the same ones are drawn again and again."""
-    return Candidate(formula.canonical(), inherit)
-
-
-@lru_cache(maxsize=1 << 16)
-def _body(term: Term) -> str:
-    return term.body

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
+from autodet.event_files import collecting_later
 from autodet.ledger import LeaseLost, Ledger, LedgerError
+from autodet.records import Event
 from autodet.search.candidate import FINISHED, WAIT, Ask, Search, Signal, Status
 
 T = TypeVar("T")
@@ -34,19 +36,26 @@ class Session:
         self._verdicts: dict[tuple[int, int], bool] = {}
         self._last_ap: dict[int, float] = {}
         self._stopped: set[int] = set()
+        self._epochs: dict[int, int] = {}  # candidate → the last one that it reported
+        self.running: dict[int, Ask] = {}
+        with collecting_later():
+            self._interrupted = list(self._replay(ledger.events()).values())
+
+    def _replay(self, events: Iterable[Event]) -> dict[int, Ask]:
+        """Take recorded events into the search; the asks that are left open, by number."""
         open_asks: dict[int, Ask] = {}
-        for event in ledger.events():
+        for event in events:
             if event.kind == "asked":
                 open_asks[event.id] = Ask.from_payload(event.id, event.payload)
-                search.replay(open_asks[event.id])
+                self.search.replay(open_asks[event.id])
             elif event.kind == "reported":
                 self._replay_report(event.id, event.payload)
             else:
                 ask = open_asks.pop(event.id)
-                search.tell(event.id, event.payload.get("ap"), event.payload["status"], event.payload.get("weights"))
+                ap, weights = event.payload.get("ap"), event.payload.get("weights")
+                self.search.tell(event.id, ap, event.payload["status"], weights)
                 self._count(ask, event.payload)
-        self._interrupted = list(open_asks.values())
-        self.running: dict[int, Ask] = {}
+        return open_asks
 
     def next(self) -> Ask | Literal[Signal.WAIT, Signal.FINISHED]:
         """A candidate to train, recorded as asked; WAIT while a decision needs results; FINISHED when all is done."""
@@ -107,7 +116,7 @@ class Session:
         return instead
 
     def _unfinished(self, id: int, cause: str) -> dict[str, Any]:
-        epochs = max((epoch for other, epoch in self._verdicts if other == id), default=0)
+        epochs = self._epochs.get(id, 0)
         if id in self._stopped:
             behind = "clearly behind the others at this epoch"
             return {"status": "stopped", "ap": self._last_ap[id], "epochs": epochs, "cause": behind}
@@ -121,6 +130,7 @@ class Session:
 
     def _note(self, id: int, epoch: int, ap: float | None, stop: bool) -> None:
         self._verdicts[id, epoch] = stop
+        self._epochs[id] = max(epoch, self._epochs.get(id, 0))
         if ap is not None:
             self._last_ap[id] = ap
         if stop:

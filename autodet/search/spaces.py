@@ -10,6 +10,7 @@ from autodet.distill.grammar import (
     MIN_BATCH,
     WEIGHT_PHASE_FEATURES,
     WEIGHT_PHASE_RESPONSES,
+    count_terms,
     crossover_formulas,
     crossover_terms,
     mutate_formula,
@@ -33,7 +34,8 @@ def term_space(input: str, given: Sequence[Formula] = (), min_batch: int = MIN_B
     """
     terms = tuple(Formula((term,)) for formula in given for term in formula.terms if term.input == input)
     draw, mutate = partial(_random_single, input, min_batch), partial(_mutate_single, min_batch)
-    return _checked(Space(draw, mutate, partial(_cross_single, min_batch), terms))
+    size = None if terms else count_terms(input, min_batch)  # a given term may have numbers that are not drawn
+    return _checked(Space(draw, mutate, partial(_cross_single, min_batch), terms, size))
 
 
 def formula_space(inputs: Sequence[str], given: Sequence[Formula] = (), min_batch: int = MIN_BATCH) -> Space:

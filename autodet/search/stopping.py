@@ -1,8 +1,9 @@
 """Early stopping of candidates that fall clearly behind."""
 
 import math
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
+
+from autodet.search.ranking import Ordered, middle
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class StopRule:
             raise ValueError(f"expected min_epochs and min_known of at least 1 and margin of at least 0, found {self}")
 
 
+@dataclass
+class _Reported:
+    """What a group's candidates reported at one epoch."""
+
+    by_id: dict[int, float] = field(default_factory=dict)
+    ordered: Ordered[float] = field(default_factory=Ordered)
+
+
 class MedianStop:
     """The median rule of Vizier (Golovin et al. 2017, section 3.2), on the AP of the epoch instead of a running mean.
 
@@ -29,15 +38,18 @@ class MedianStop:
 
     def __init__(self, rule: StopRule) -> None:
         self.rule = rule
-        self._known: dict[tuple[str, int], dict[int, float]] = {}
+        self._known: dict[tuple[str, int], _Reported] = {}
 
     def report(self, group: str, id: int, epoch: int, ap: float) -> bool:
         """Note an AP and say whether to stop. Repeating a report replaces it; an AP that is not finite is ignored."""
         if not math.isfinite(ap):
             return False
-        known = self._known.setdefault((group, epoch), {})
-        known[id] = ap
-        others = [value for other, value in known.items() if other != id]
-        if epoch < self.rule.min_epochs or len(others) < self.rule.min_known:
-            return False
-        return ap < median(others) - self.rule.margin
+        known = self._known.setdefault((group, epoch), _Reported())
+        if id in known.by_id:
+            known.ordered.remove(known.by_id[id])
+        others = len(known.ordered)
+        known_enough = epoch >= self.rule.min_epochs and others >= self.rule.min_known
+        stop = known_enough and ap < middle(known.ordered) - self.rule.margin
+        known.by_id[id] = ap
+        known.ordered.add(ap)
+        return stop

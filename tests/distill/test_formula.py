@@ -30,6 +30,32 @@ def test_parse_gives_the_parts_in_order() -> None:
     assert str(formula) == "global: catt(0.7) > pool(2) > norm(n) | l1 * 6; logits.roi: softmax(c, t=2) | kl * 1"
 
 
+def test_what_is_remembered_of_a_text_changes_nothing() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        formula = random_formula(tuple(INPUTS), rng)
+        fresh = Formula(tuple(Term(t.input, t.transforms, t.distance, t.weight) for t in formula.terms))
+        again = Formula.parse(str(formula))
+        assert again == formula == fresh and str(fresh) == str(again)
+        assert fresh.canonical() == formula.canonical() and fresh.key == again.key
+        canonical = again.canonical()
+        assert canonical.canonical() is canonical and all(term.canonical() is term for term in canonical.terms)
+    Formula.parse("global: l2 * 2; logits.roi: l1")
+    with pytest.raises(FormulaError, match=r"Term 2, character 17: unknown input 'logits\.rpn'"):
+        Formula.parse("global: l2 * 2; logits.rpn: l1")
+    for text in ("global: l2 * 2; none", "global: l2 * 2;; logits.roi: l1", "global: pool(2; 3) | l2", ""):
+        with pytest.raises(FormulaError):
+            Formula.parse(text)
+
+
+def test_numbers_keep_their_type_in_the_canonical_form() -> None:
+    typed = Op("pool", (("k", 2),))
+    for op in (Op("pool", (("k", 2.0),)), typed):
+        (term,) = Formula((Term("global", (op,), Op("l1"), 1),)).canonical().terms
+        assert term.transforms == (typed,) and type(term.weight) is float
+        assert [type(value) for _, value in term.transforms[0].params] == [int]
+
+
 def test_names_of_parameters_and_layout_do_not_matter() -> None:
     named = Formula.parse("global: catt(t=0.5) > pool(k=2) > norm(axis=n) | l1 * 6.0;")
     terse = Formula.parse("global:catt>pool(2)>\n norm(n)|l1*6")

@@ -50,13 +50,13 @@ def test_an_empty_run_and_a_driver(tmp_path: Path) -> None:
 
 def test_events_are_read_once_and_torn_ones_later(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    whole = event_files._read_event
+    whole = event_files._bytes
 
-    def counted(path: Path) -> object:
-        read.append(path.name)
+    def counted(path: str) -> bytes:
+        read.append(path)
         return whole(path)
 
-    monkeypatch.setattr(event_files, "_read_event", counted)
+    monkeypatch.setattr(event_files, "_bytes", counted)
     follower, files = Follower(run), sorted((run / "events").iterdir())
     content = files[-1].read_bytes()
     files[-1].write_bytes(content[:20])

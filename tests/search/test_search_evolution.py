@@ -1,6 +1,7 @@
 """Breeding: who becomes a parent, what is drawn again, and that it pays."""
 
 import random
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
@@ -27,6 +28,7 @@ from autodet.search import (
     random_search,
     run_serial,
 )
+from autodet.search.spaces import term_space
 
 BARE = Rules(controls=0, finalists=0, stop=None)
 
@@ -118,6 +120,33 @@ def test_nothing_is_offered_that_needs_a_larger_batch() -> None:
     search = flat_evolution(INPUTS, 0, 60, rules=BARE, min_batch=1)
     run_serial(search, curve)
     assert {ask.candidate.formula.min_batch for ask in search.history.asks} == {1}
+
+
+def test_a_space_that_is_exhausted_is_left_without_drawing() -> None:
+    drawn: list[int] = []
+
+    def random_formula(rng: random.Random) -> Formula:
+        drawn.append(1)
+        return Formula.parse(f"global: l2 * {1 + rng.randrange(3)}")
+
+    space = Space(random_formula, lambda a, rng: random_formula(rng), lambda a, b, rng: random_formula(rng))
+    for size in (None, 3):
+        drawn.clear()
+        search = WholeFormulaSearch(population(replace(space, size=size), 2), 10, BARE)
+        run_serial(search, lambda candidate: [0.1])
+        assert len(search.history.asks) == 3
+        before = len(drawn)
+        assert search.ask() is FINISHED and (len(drawn) == before) == (size == 3)
+
+
+def test_the_size_of_a_space_is_what_can_be_drawn_of_it() -> None:
+    space = term_space("localization.roi")
+    rng = random.Random(0)
+    drawn = {space.random(rng) for _ in range(2000)}
+    drawn |= {space.mutate(formula, rng) for formula in list(drawn)}
+    assert len(drawn) == space.size == 42
+    given = Formula.parse("localization.roi: l1 * 3")  # a weight that is not drawn, but may be inherited
+    assert term_space("localization.roi", [given]).size is None
 
 
 def test_no_history_no_members() -> None:

@@ -234,6 +234,40 @@ def test_rebuilt_from_its_events_it_goes_on_to_the_same_end(cut: int) -> None:
     assert rebuilt.front() == whole.front() and rebuilt.needed() == whole.needed()
 
 
+@pytest.mark.parametrize("aim", ["accuracy", "cost"])
+@pytest.mark.parametrize("seed", range(3))
+def test_front_best_and_needed_weights_are_those_of_all_candidates(aim: str, seed: int) -> None:
+    """What is kept up to date, against going through everything; founders may end before the base does."""
+    world, rng, removed = World(), random.Random(seed), set[str]()
+    base = Student(BASE, (), None, "base", None, 0, cost_of(BASE), 0)
+    narrow = replace(BASE, body=Arch.parse("basic-16:16x1-16x1-24x1-32x1"))
+    founders = [replace(base, spec=narrow, weights=f"founder{number}", cost=cost_of(narrow)) for number in range(3)]
+    limits = {"latency_ratio": 0.8, "macs_g": 0.7} if aim == "accuracy" else {}
+    chosen = settings(limits=limits, aim=aim, phases=joint_phases(80))
+    search = JointSearch(base, world, chosen, seed, TAUGHT, POOL, founders=founders)
+    running: list[Ask] = []
+    while True:
+        answer = search.ask() if len(running) < 4 else WAIT
+        if isinstance(answer, Ask):
+            running.append(answer)
+        elif not running:
+            break
+        else:
+            ask = running.pop(rng.randrange(len(running)))
+            given = student_of(ask).weights if student_of(ask).parent is None else f"w{ask.id}"
+            world.specs[given] = student_of(ask).spec
+            search.tell(ask.id, ap_of(ask), "failed" if ask.id % 11 == 5 else "completed", given)
+            removed |= search.take_unneeded()
+        points = search._points.values()
+        assert search.front() == front(points)
+        assert search.best() == next(iter(search.ranked()), None)
+        kept = {search.weights[point.id] for point in (*front(points), *search.ranked()[:1])}
+        needed = kept | {student_of(ask).weights for ask in running} | {base.weights, *(f.weights for f in founders)}
+        assert search.needed() == needed
+        assert set(search.weights.values()) - needed <= removed and not removed & needed
+    assert len(search.asks) == search.budget and removed
+
+
 def test_no_key_is_asked_twice_and_repeats_are_replicates() -> None:
     world = World()
     search = search_of(world=world, phases=(Phase("no-op", 30, (), "largest"),))

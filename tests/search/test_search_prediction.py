@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,33 @@ import pytest
 from search_objective import INPUTS, curve, noisy_ap
 from search_tables import SMALL, made_table
 
+from autodet.distill.formula import INPUTS as INPUTS_OF_ALL
 from autodet.distill.formula import Formula, Term
-from autodet.search import Ask, Breeding, DivideAndConquer, DivideSettings, Prediction, Rules, run_serial
-from autodet.search.prediction import BODY, LEVEL, MOST, NOISE, PAIR, TERM, USED, WEIGHT, expected_improvement, predict
+from autodet.distill.grammar import mutate_formula, random_formula
+from autodet.search import (
+    Ask,
+    Breeding,
+    DivideAndConquer,
+    DivideSettings,
+    Prediction,
+    Rules,
+    divide_conquer,
+    prediction,
+    run_serial,
+)
+from autodet.search.prediction import (
+    BODY,
+    LEVEL,
+    MOST,
+    NOISE,
+    PAIR,
+    TERM,
+    USED,
+    WEIGHT,
+    _encoded,
+    expected_improvement,
+    predict,
+)
 
 BARE = Rules(controls=0, finalists=0, stop=None)
 
@@ -47,6 +72,45 @@ def test_predictions_are_those_of_the_conditioned_normal_distribution() -> None:
     own = np.array([covariance(w, w) for w in wanted])
     variance = own - np.einsum("wk,kl,wl->w", between, inverse, between)
     np.testing.assert_allclose(deviation, np.std(results) * np.sqrt(variance), rtol=1e-4)
+
+
+def test_covariances_of_formulas_on_all_inputs_are_as_written_out() -> None:
+    rng = random.Random(0)
+    formulas = [random_formula(tuple(INPUTS_OF_ALL), rng) for _ in range(12)]
+    formulas += [mutate_formula(formula, tuple(INPUTS_OF_ALL), rng) for formula in formulas]
+    bodies, logs = _encoded(formulas)
+    found = prediction.covariance((bodies, logs), (bodies[:7], logs[:7]))
+    np.testing.assert_allclose(found, [[covariance(a, b) for b in formulas[:7]] for a in formulas], rtol=1e-12)
+
+
+def test_the_results_of_candidates_that_run_are_allowed_for_as_predicted() -> None:
+    """In one model, as in two that are made one after the other."""
+    formulas = list(SMALL.formulas())
+    random.Random(1).shuffle(formulas)
+    known, running, wanted = formulas[:8], formulas[8:12], formulas[12:]
+    results, noise = [math.cos(n) for n in range(8)], [NOISE] * 8
+    model = prediction.Model([*known, *running], wanted)
+    taken, _ = model.predict(results, noise, slice(8, 12))
+    np.testing.assert_allclose(taken, predict(known, results, noise, running)[0])
+    expected = predict([*known, *running], [*results, *taken], [NOISE] * 12, wanted)
+    np.testing.assert_allclose(model.predict([*results, *taken], [NOISE] * 12, model.wanted), expected)
+
+
+def test_of_many_results_the_model_goes_by_the_best_and_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Counting(prediction.Model):
+        def __init__(self, known: Sequence[Formula], wanted: Sequence[Formula]) -> None:
+            sizes.append(len(known))
+            super().__init__(known, wanted)
+
+    monkeypatch.setattr(prediction, "Model", Counting)
+    monkeypatch.setattr(prediction, "RUNNING", 3)
+    monkeypatch.setattr(divide_conquer, "KNOWN", 10)
+    settings = DivideSettings(8, 40, Breeding(2), Breeding(3), replicated=0, runs=1, rules=BARE)
+    search = DivideAndConquer(INPUTS, 0, settings, min_batch=1, prediction=Prediction(singles=4, pool=6))
+    run_serial(search, lambda candidate: [noisy_ap(candidate)], workers=5)
+    assert len(search.history.asks) == search.budget and max(sizes) == sizes[-1] == 13
 
 
 def test_what_terms_add_is_found_from_others_that_have_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -83,6 +84,24 @@ def test_a_lost_worker_is_a_failure_with_its_cause_and_a_second_end_is_ignored(t
         session.tell(ask.id, {"status": "completed", "ap": 0.5})
         record = records_from(ledger.events())[0]
     assert (record.status, record.cause, record.ap) == ("failed", "its worker was lost", None)
+
+
+def test_what_was_lost_counts_the_epochs_that_it_reported_also_before_the_run_was_resumed(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        for _ in range(2):
+            assert isinstance(session.next(), Ask)
+        for epoch in (2, 1):
+            session.report(1, epoch, 0.5, {})
+    with Ledger.resume(tmp_path) as ledger:
+        session = Session(ledger, make_search())
+        assert (session.ended.total(), gc.isenabled()) == (0, True)
+        for id in (0, 1):
+            assert isinstance(session.next(), Ask)
+            session.tell(id, None)
+        assert session.ended.total() == 2
+        records = records_from(ledger.events())
+    assert [record.epochs for record in records] == [0, 2]
 
 
 def test_an_ap_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:

@@ -25,6 +25,17 @@ def test_it_agrees_with_a_direct_reading_of_the_rule() -> None:
     assert 10 < sum(verdicts) < 100
 
 
+def test_with_repeated_reports_it_agrees_too() -> None:
+    rng = random.Random(1)
+    stop = MedianStop(StopRule(min_known=3, margin=0.02))
+    known: dict[int, float] = {}
+    for _ in range(300):
+        id, ap = rng.randrange(40), round(rng.gauss(0.3, 0.1), 2)
+        others = [value for other, value in known.items() if other != id]
+        assert stop.report("a", id, 1, ap) == (len(others) >= 3 and ap < median(others) - 0.02)
+        known[id] = ap
+
+
 def test_groups_do_not_see_each_other_and_a_repeated_report_counts_once() -> None:
     stop = MedianStop(StopRule(min_epochs=1, min_known=2, margin=0.0))
     for _ in range(3):

@@ -31,6 +31,7 @@ from autodet.data import read_dataset, write_shapes
 from autodet.detectors import save_detector
 from autodet.ledger import Ledger
 from autodet.records import Record, records_from
+from autodet.results.lineage import front
 from autodet.teachers import PoolSpace
 from autodet.teachers.pool import save_pool
 
@@ -114,9 +115,9 @@ def kill_one(pids: Callable[[], list[int]], what: str) -> Callable[[random.Rando
     return kill
 
 
-def one_round(kind: str, folder: Path, seed: int, faults: int) -> dict[str, Any]:
+def one_round(kind: str, folder: Path, seed: int, faults: int, budget: int = 16) -> dict[str, Any]:
     """Run a search to its end through faults; what happened. AssertionError where something was lost."""
-    rng, command = random.Random(seed), commands(folder)[kind]
+    rng, command = random.Random(seed), commands(folder, budget)[kind]
     done: list[str] = []
     with nodes() as cluster:
         driver = Driver(command, cluster.cluster.address, folder / "driver.log")
@@ -155,11 +156,15 @@ def check(run: Path) -> list[Record]:
     assert not unfinished, f"candidates without a result: {unfinished}"
     assert not list((run / "trials").glob("*")), "checkpoints of candidates that have ended"
     assert not list((run / "events").glob(".*.tmp")) and not (run / "lease.json").exists()
+    kept = {path.stem for path in (run / "weights").glob("*.safetensors")}
+    named = {record.weights for record in front(records)} if kept else set()
+    assert named <= kept, f"weights that the front names are not there: {named - kept}"
+    assert len(kept) <= len(named) + 4, f"weights that nothing descends from any more: {kept - named}"
     return records
 
 
-def commands(folder: Path) -> dict[str, list[str]]:
-    """The drivers' commands by kind, on small data that is made here."""
+def commands(folder: Path, budget: int) -> dict[str, list[str]]:
+    """The drivers' commands by kind, on small data that is made here. budget: candidates, about."""
     torch.manual_seed(0)
     data = write_shapes(folder / "data", 8, 4, 4, size=(96, 64), seed=3)
     labels = tuple((category.id, category.name) for category in read_dataset(data)["train"].categories)
@@ -170,8 +175,9 @@ def commands(folder: Path) -> dict[str, list[str]]:
     save_pool(folder / "pool", stirred(largest), pool, {"recipe": {"epochs": 1}})
     common = ["--address", "auto", "--or-resume", "--preset", "smoke", "--data", str(data), "--seed", "1"]
     common += ["--cache", str(folder / "cache"), "--output", str(folder / "run"), "--workers", "2"]
-    distiller = ["--budget-per-input", "8", "--weights-budget", "8", "--inputs", "global", "--no-students"]
-    joint = ["--base", str(folder / "base.safetensors"), "--pool", str(folder / "pool"), "--budget", "16"]
+    distiller = ["--budget-per-input", str(budget // 2), "--weights-budget", str(budget // 2)]
+    distiller += ["--inputs", "global", "--no-students"]
+    joint = ["--base", str(folder / "base.safetensors"), "--pool", str(folder / "pool"), "--budget", str(budget)]
     joint += ["--formula", "global: l2 * 0.1", "--epochs", "2", "--founders", "0"]
     scripts = {"distiller": ("search_distiller.py", distiller), "joint": ("upgrade_detector.py", joint)}
     return {kind: [sys.executable, str(EXPERIMENTS / name), *common, *more] for kind, (name, more) in scripts.items()}

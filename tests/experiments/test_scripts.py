@@ -49,7 +49,7 @@ def stop_after(count: int, number: signal.Signals, folder: Path, arguments: list
 
 @pytest.fixture(scope="session")
 def search_run(ray_cluster: None, cache: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of search_distiller.py, stopped by SIGTERM on its way. (An upgrade's driver is killed -9.)"""
+    """A finished run of search_distiller.py, stopped by SIGTERM on its way. (Drivers are killed in tests/chaos.)"""
     folder = tmp_path_factory.mktemp("runs") / "search"
     assert stop_after(3, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
     assert not (folder / "lease.json").exists()

@@ -1,6 +1,6 @@
 """A round of chaos: a search on a cluster of several nodes, while processes are killed and nodes come and go.
 
-command:   python tests/chaos/chaos.py distiller|joint [--rounds 20] [--seed 0] [--faults 6] [--output DIR]
+command:   python tests/chaos/chaos.py distiller|joint [--rounds 20] [--seed 0] [--faults 6] [--store] [--output DIR]
 
 Each round starts a cluster on this machine, a driver, and at random moments one fault after another. A driver that died
 is started again with the same command. In the end the run must be what a run without faults is: see ``check``.
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,17 @@ from typing import Any
 import torch
 from detector_cases import small_spec, stirred
 from ray.cluster_utils import Cluster
+from s3_server import SETTINGS, make_bucket, s3_server
 
 from autodet.data import read_dataset, write_shapes
 from autodet.detectors import save_detector
 from autodet.ledger import Ledger
+from autodet.object_store import COPIED, place_of
 from autodet.records import Record, records_from
 from autodet.results.lineage import front
 from autodet.teachers import PoolSpace
 from autodet.teachers.pool import save_pool
+from autodet.working_copy import ROOT, local_path
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SPACE = PoolSpace.parse("basic-=:8..16/8x1-16x1..2-16x1-16x1@64")
@@ -115,9 +118,35 @@ def kill_one(pids: Callable[[], list[int]], what: str) -> Callable[[random.Rando
     return kill
 
 
-def one_round(kind: str, folder: Path, seed: int, faults: int, budget: int = 16) -> dict[str, Any]:
-    """Run a search to its end through faults; what happened. AssertionError where something was lost."""
-    rng, command = random.Random(seed), commands(folder, budget)[kind]
+@contextmanager
+def bucket(folder: Path) -> Iterator[str]:
+    """The URL of a run in an S3-compatible store of this machine."""
+    before = {name: os.environ.get(name) for name in (*SETTINGS, "AWS_ENDPOINT_URL", ROOT, COPIED)}
+    with s3_server() as address:
+        make_bucket(address, "bucket")
+        os.environ |= SETTINGS | {"AWS_ENDPOINT_URL": address, ROOT: str(folder / "copies"), COPIED: "{}"}
+        try:
+            yield "s3://bucket/run"
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                os.environ |= {} if value is None else {name: value}
+
+
+def one_round(kind: str, folder: Path, seed: int, faults: int, budget: int = 16, store: bool = False) -> dict[str, Any]:
+    """Run a search to its end through faults; what happened. AssertionError where something was lost.
+
+    store: the run lies in an object store, from which a machine without a copy reads it in the end.
+    """
+    with bucket(folder) if store else nullcontext(str(folder / "run")) as output:
+        found = _one_round(kind, folder, local_path(output), commands(folder, output, budget)[kind], seed, faults)
+        if store:
+            os.environ |= {ROOT: str(folder / "elsewhere"), COPIED: "{}"}
+        return found | {"candidates": len(check(local_path(output)))}
+
+
+def _one_round(kind: str, folder: Path, run: Path, command: Sequence[str], seed: int, faults: int) -> dict[str, Any]:
+    rng = random.Random(seed)
     done: list[str] = []
     with nodes() as cluster:
         driver = Driver(command, cluster.cluster.address, folder / "driver.log")
@@ -134,15 +163,14 @@ def one_round(kind: str, folder: Path, seed: int, faults: int, budget: int = 16)
         while driver.process.poll() is None:
             assert time.monotonic() < deadline, f"not finished after {LONGEST:.0f} s and {done}; see {driver.log}"
             time.sleep(rng.uniform(*PAUSE))
-            if order and driver.process.poll() is None and begun(folder / "run") and (what := order[-1](rng)):
+            if order and driver.process.poll() is None and begun(run) and (what := order[-1](rng)):
                 done.append(what)
                 order.pop()
         assert driver.process.returncode == 0, f"the driver ended with {driver.process.returncode}; see {driver.log}"
-        before = Ledger.open(folder / "run").events()
+        before = Ledger.open(run).events()
         again = subprocess.run(command, env=driver.environment, capture_output=True, text=True)
-        assert again.returncode == 0 and Ledger.open(folder / "run").events() == before, again.stderr[-2000:]
-    records = check(folder / "run")
-    return {"kind": kind, "seed": seed, "candidates": len(records), "faults": done, "left": len(order)}
+        assert again.returncode == 0 and Ledger.open(run).events() == before, again.stderr[-2000:]
+    return {"kind": kind, "seed": seed, "faults": done, "left": len(order)}
 
 
 def check(run: Path) -> list[Record]:
@@ -154,8 +182,10 @@ def check(run: Path) -> list[Record]:
     assert [record.id for record in records] == list(range(len(records))) and records
     unfinished = [(record.id, record.status, record.cause) for record in records if record.status != "completed"]
     assert not unfinished, f"candidates without a result: {unfinished}"
-    assert not list((run / "trials").glob("*")), "checkpoints of candidates that have ended"
-    assert not list((run / "events").glob(".*.tmp")) and not (run / "lease.json").exists()
+    place = place_of(run)
+    files = [key for key, _ in place.files()] if place else [str(path.relative_to(run)) for path in run.rglob("*")]
+    assert not [name for name in files if name.startswith("trials/")], "checkpoints of candidates that have ended"
+    assert not [name for name in files if name.endswith(".tmp")] and "lease.json" not in files
     kept = {path.stem for path in (run / "weights").glob("*.safetensors")}
     named = {record.weights for record in front(records)} if kept else set()
     assert named <= kept, f"weights that the front names are not there: {named - kept}"
@@ -163,7 +193,7 @@ def check(run: Path) -> list[Record]:
     return records
 
 
-def commands(folder: Path, budget: int) -> dict[str, list[str]]:
+def commands(folder: Path, output: str, budget: int) -> dict[str, list[str]]:
     """The drivers' commands by kind, on small data that is made here. budget: candidates, about."""
     torch.manual_seed(0)
     data = write_shapes(folder / "data", 8, 4, 4, size=(96, 64), seed=3)
@@ -174,7 +204,7 @@ def commands(folder: Path, budget: int) -> dict[str, list[str]]:
     largest = type(spec)(**{**vars(spec), "body": pool.largest.body})
     save_pool(folder / "pool", stirred(largest), pool, {"recipe": {"epochs": 1}})
     common = ["--address", "auto", "--or-resume", "--preset", "smoke", "--data", str(data), "--seed", "1"]
-    common += ["--cache", str(folder / "cache"), "--output", str(folder / "run"), "--workers", "2"]
+    common += ["--cache", str(folder / "cache"), "--output", output, "--workers", "2"]
     distiller = ["--budget-per-input", str(budget // 2), "--weights-budget", str(budget // 2)]
     distiller += ["--inputs", "global", "--no-students"]
     joint = ["--base", str(folder / "base.safetensors"), "--pool", str(folder / "pool"), "--budget", str(budget)]
@@ -207,6 +237,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=6)
+    parser.add_argument("--store", action="store_true", help="runs lie in an object store of this machine")
     parser.add_argument("--output", type=Path, help="keep the runs there (default: a temporary folder)")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -215,7 +246,7 @@ def main() -> int:
             folder = (options.output or Path(temporary)) / f"{options.kind}-{seed}"
             folder.mkdir(parents=True)
             started = time.monotonic()
-            result = one_round(options.kind, folder, seed, options.faults)
+            result = one_round(options.kind, folder, seed, options.faults, store=options.store)
             print(json.dumps(result | {"seconds": round(time.monotonic() - started)}), flush=True)
     return 0
 

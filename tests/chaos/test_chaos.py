@@ -8,12 +8,12 @@ import pytest
 from chaos import ENVIRONMENT, one_round
 
 
-def test_a_joint_search_loses_nothing_to_killed_processes_and_nodes(
+def test_a_joint_search_in_an_object_store_loses_nothing_to_killed_processes_and_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    result = one_round("joint", tmp_path, seed=0, faults=4, budget=6)
+    result = one_round("joint", tmp_path, seed=0, faults=4, budget=6, store=True)
     assert result["candidates"] == 7 and len(result["faults"]) >= 3
 
 

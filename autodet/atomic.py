@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autodet.object_store import Changed, place_of
+from autodet.object_store import Changed, Version, place_of
 
-TEMPORARY_SUFFIX = ".tmp"
+TEMPORARY_SUFFIX, NOTE_SUFFIX = ".tmp", ".version"
 
 
 class WriteError(OSError):
@@ -33,12 +33,16 @@ def atomic_write_bytes(path: Path | str, data: bytes, *, overwrite: bool = True)
     In a copy of a folder of an object store the content is put there first, and StoreError raised where it cannot be.
     """
     place = place_of(Path(path))
-    if place is not None:
-        try:
-            place.write(data, new=not overwrite)
-        except Changed as error:
-            raise FileExistsError(str(error)) from error
-    write_here(path, data, overwrite=overwrite)
+    if place is None:
+        write_here(path, data, overwrite=overwrite)
+        return
+    try:
+        version = place.write(data, new=not overwrite)
+    except Changed as error:
+        raise FileExistsError(str(error)) from error
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # made by the driver, on another machine
+    write_here(path, data)
+    write_note(Path(path), version)
 
 
 def write_here(path: Path | str, data: bytes, *, overwrite: bool = True) -> None:
@@ -60,6 +64,31 @@ def write_here(path: Path | str, data: bytes, *, overwrite: bool = True) -> None
         raise
     except OSError as error:
         raise _explained(path, error) from error
+
+
+def is_final(path: Path) -> bool:
+    """Whether a file's content never changes, because its name is a number or a hash of it."""
+    return path.parent.name == "events" or (path.parent.name == "weights" and path.suffix == ".safetensors")
+
+
+def note_of(path: Path) -> str | None:
+    """Which version of an object a file of a copy is, as far as that was noted."""
+    try:
+        return _note(path).read_text()
+    except OSError:
+        return None
+
+
+def write_note(path: Path, version: Version | None) -> None:
+    """Note which version a file of a copy is; None where it is removed."""
+    if version is None or version.tag is None or is_final(path):
+        _note(path).unlink(missing_ok=True)
+    else:
+        write_here(_note(path), version.tag.encode())
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}{NOTE_SUFFIX}")
 
 
 def atomic_write_json(path: Path | str, value: object, *, overwrite: bool = True) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -17,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 
 from autodet.atomic import atomic_write_json
-from autodet.object_store import Changed, Place, place_of
+from autodet.object_store import Changed, Place, Version, place_of
 
 RENEW_SECONDS = 5.0
 LAPSE_SECONDS = 30.0  # six renewals: a paused or swapping driver keeps its run
+FRESH_SECONDS = 8.0  # since the last renewal, after which a stored lease is renewed before it is relied on
 LONG_AGO = 600.0  # seconds by which no two machines' clocks differ
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,10 @@ class Lease:
                 f"{self.path}: expected this driver's lease, but it {taken}; this driver stops writing. "
                 "Stop it, and resume the run once no other driver is at work"
             )
+        try:
+            self._file.refresh(self._holder)
+        except Changed as error:
+            raise LeaseLost(f"{error} This driver stops writing; only one may be at work.") from error
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the folder's short lock, so that checking the lease and acting on it is one step."""
@@ -168,6 +174,9 @@ class _LocalFile:
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
+    def refresh(self, holder: Holder) -> None:
+        """Nothing: who holds the lock beside the file is alone."""
+
     def lapsed(self, holder: Holder, seconds: float) -> bool:
         """By the clock, which machines that share a disk agree on well enough."""
         return time.time() - holder.heartbeat > seconds
@@ -180,7 +189,8 @@ class _StoredFile:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._version: str | None = None
+        self._version: Version | None = None
+        self._renewed = -math.inf
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -194,11 +204,21 @@ class _StoredFile:
         return None if found is None else _holder_of(found[0], str(self.place))
 
     def write(self, holder: Holder) -> None:
-        data = json.dumps(asdict(holder)).encode()
+        data, now = json.dumps(asdict(holder)).encode(), time.monotonic()
         self._version = self.place.write(data, instead_of=self._version, new=self._version is None)
+        self._renewed = now
 
     def remove(self) -> None:
         self.place.remove()
+
+    def refresh(self, holder: Holder) -> None:
+        """Renew the lease unless that was just done.
+
+        What is written next takes at most a few seconds (`object_store.SHORT_SECONDS`), so it cannot arrive after the
+        lease has lapsed and another driver has taken over, whatever the network does.
+        """
+        if time.monotonic() - self._renewed > FRESH_SECONDS:
+            self.write(replace(holder, heartbeat=time.time()))
 
     def lapsed(self, holder: Holder, seconds: float) -> bool:
         """By watching whether it is renewed: clocks of machines anywhere may differ."""

@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +27,13 @@ from autodet.atomic import WriteError, atomic_write_bytes, atomic_write_json, pl
 from autodet.event_files import EVENTS, VERSION, LedgerError, Rules, event_name, event_names, read_events, set_aside
 from autodet.lease import Lease, LeaseHeld, LeaseLost
 from autodet.records import Event, Kind, Record, check_payload, records_from
+from autodet.working_copy import update
 
 __all__ = ["Event", "LeaseHeld", "LeaseLost", "Ledger", "LedgerError", "WriteError", "is_run", "records_from"]
 
 CONFIG = "config.json"
 ABSENT = "(absent)"
+HERE = "{run}"  # how paths in recorded settings begin: in the run's own folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +61,13 @@ class Ledger:
         (folder / EVENTS).mkdir(parents=True, exist_ok=True)
         lease = Lease(folder)
         try:
+            update(folder)
             if (folder / CONFIG).exists() or event_names(folder):
                 raise LedgerError(
                     f"{folder}: expected a folder without a run, found one; resume it or choose another folder"
                 )
             content = {"version": VERSION, "created": time.time(), "about": dict(about or {})}
-            content |= {"config": plain_json(config, "config"), "history": []}
+            content |= {"config": portable(plain_json(config, "config"), folder), "history": []}
             atomic_write_json(folder / CONFIG, content, overwrite=False)
             return cls._writer(folder, lease)
         except BaseException:
@@ -91,6 +94,7 @@ class Ledger:
         _read_about(folder)
         lease = Lease(folder)
         try:
+            update(folder)  # now that nobody else writes: a driver that has just ended may have
             if config is not None:
                 _extend_config(folder, config, extendable)
             return cls._writer(folder, lease)
@@ -200,8 +204,37 @@ class Ledger:
 
 
 def is_run(folder: Path | str) -> bool:
-    """Whether `folder` holds a run."""
-    return (Path(folder) / CONFIG).is_file() and (Path(folder) / EVENTS).is_dir()
+    """Whether `folder` holds a run, perhaps one without events."""
+    try:
+        return bool(_read_about(Path(folder)))
+    except LedgerError:
+        return False
+
+
+def portable(value: Any, folder: Path) -> Any:
+    """JSON whose paths inside a run, or inside the run that it is a part of, do not say where that lies."""
+    inside = folder = folder.resolve()
+    while is_run(inside.parent):
+        inside = inside.parent
+    return _texts_changed(
+        value, lambda text: f"{HERE}/{os.path.relpath(text, folder)}" if text.startswith(f"{inside}/") else text
+    )
+
+
+def localised(value: Any, folder: Path) -> Any:
+    """The inverse of `portable`, where the run lies now."""
+    here = folder.resolve()
+    return _texts_changed(
+        value, lambda text: os.path.normpath(here / text[len(HERE) + 1 :]) if text.startswith(f"{HERE}/") else text
+    )
+
+
+def _texts_changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _texts_changed(item, change) for key, item in value.items()}
+    return [_texts_changed(item, change) for item in value] if isinstance(value, list) else value
 
 
 def _foreign(path: Path) -> str:
@@ -222,7 +255,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("config"), dict):
         found = data.get("version") if isinstance(data, dict) else type(data).__name__
         raise LedgerError(f"{path}: expected a run's settings of version {VERSION}, found {found!r}; check the path")
-    return data
+    return data | {"config": localised(data["config"], folder)}
 
 
 def _extend_config(folder: Path, config: Mapping[str, Any], extendable: Sequence[str]) -> None:
@@ -233,7 +266,7 @@ def _extend_config(folder: Path, config: Mapping[str, Any], extendable: Sequence
     changes = {
         key: [old.get(key, ABSENT), new.get(key, ABSENT)]
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, ABSENT) != new.get(key, ABSENT)
+        if old.get(key) != new.get(key)  # an option that is newer than the run and was not given changes nothing
     }
     refused = {k: v for k, v in changes.items() if not any(k == e or k.startswith(f"{e}.") for e in extendable)}
     if refused:
@@ -245,7 +278,8 @@ def _extend_config(folder: Path, config: Mapping[str, Any], extendable: Sequence
         )
     if changes:
         history = [*about.get("history", []), {"time": time.time(), "changes": changes}]
-        atomic_write_json(folder / CONFIG, about | {"config": new_config, "history": history})
+        content = about | {"config": portable(new_config, folder), "history": history}
+        atomic_write_json(folder / CONFIG, content)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Folders in object stores (s3://, gs://, az://) that local folders are copies of.
+"""Folders in object stores (s3://, gs://) that local folders are copies of.
 
 A run in a store works in a local copy of its folder. What `autodet.atomic` writes there is put into the store first, so
 the store has the truth; what is read there and missing is fetched. Which folders are copies, and of what, stands in the
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 COPIED = "AUTODET_COPIED"  # JSON: folder → its URL
-SCHEMES = ("s3", "gs", "az")
+SCHEMES = ("s3", "gs")
 RETRY_SECONDS = 60
 CONNECT_SECONDS = 10
 REQUEST_SECONDS = 600  # of gigabytes
+SHORT_SECONDS = 8  # of a write on a condition, repeats included: an event must not arrive after the lease has lapsed
 
 
 class StoreError(OSError):
@@ -34,6 +35,23 @@ class StoreError(OSError):
 
 class Changed(StoreError):  # noqa: N818 - the name is the state it reports
     """An object is there already, or is not what it was expected to be."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """Which content an object has: S3 tells by the tag, Google's store by the generation."""
+
+    tag: str | None
+    generation: str | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object below a folder. name: relative to that; size in bytes; tag: of its version."""
+
+    name: str
+    size: int
+    tag: str | None
 
 
 @dataclass(frozen=True)
@@ -46,40 +64,45 @@ class Place:
     def __str__(self) -> str:
         return f"{self.url}/{self.key}".rstrip("/")
 
-    def read(self) -> tuple[bytes, str] | None:
+    def read(self) -> tuple[bytes, Version] | None:
         """The object's content and version; None where there is none."""
         import obstore
 
         with _errors(self):
             try:
                 result = obstore.get(_store(self.url), self.key)
-                return bytes(result.bytes()), str(result.meta["e_tag"])
+                return bytes(result.bytes()), _version(result.meta)
             except FileNotFoundError:
                 _check_bucket(self)
                 return None
 
-    def version(self) -> str | None:
+    def version(self) -> Version | None:
         """The object's version; None where there is none."""
         import obstore
 
         with _errors(self):
             try:
-                return str(obstore.head(_store(self.url), self.key)["e_tag"])
+                return _version(obstore.head(_store(self.url), self.key))
             except FileNotFoundError:
                 return None
 
-    def write(self, data: bytes, instead_of: str | None = None, new: bool = False) -> str:
+    def write(self, data: bytes, instead_of: Version | None = None, new: bool = False) -> Version:
         """Write the object; its version. new: only where there is none; instead_of: only in place of that version.
 
         Raises Changed where that is not so.
         """
         import obstore
 
-        mode: Any = {"e_tag": instead_of} if instead_of else "create" if new else "overwrite"
+        mode: Any = "create" if new else "overwrite"
+        if instead_of is not None:
+            known = {"e_tag": instead_of.tag, "version": instead_of.generation}
+            mode = {name: value for name, value in known.items() if value is not None}
+        on_condition = mode != "overwrite"
+        whole = False if on_condition else None  # in parts nothing can be made conditional
         try:
             with _errors(self):
-                whole = False if instead_of or new else None  # in parts nothing can be made conditional
-                return str(obstore.put(_store(self.url), self.key, data, mode=mode, use_multipart=whole)["e_tag"])
+                store = _store(self.url, brief=on_condition)
+                return _version(obstore.put(store, self.key, data, mode=mode, use_multipart=whole))
         except Changed:
             found = self.read()
             if found is None or found[0] != data:
@@ -91,19 +114,20 @@ class Place:
         import obstore
 
         with _errors(self):
-            if keys := [name for name, _ in self.files()]:
-                obstore.delete(_store(self.url), keys)
+            if names := [found.name for found in self.files()]:
+                obstore.delete(_store(self.url), [f"{self.key}/{name}".lstrip("/") for name in names])
             elif self.version() is not None:
                 obstore.delete(_store(self.url), self.key)
 
-    def files(self) -> Iterator[tuple[str, int]]:
-        """Key and bytes of every object below this folder."""
+    def files(self) -> Iterator[Stored]:
+        """Every object below this folder."""
         import obstore
 
+        above = f"{self.key}/" if self.key else ""
         with _errors(self):
             for batch in obstore.list(_store(self.url), prefix=self.key or None):
                 for meta in batch:
-                    yield str(meta["path"]), int(meta["size"])
+                    yield Stored(str(meta["path"]).removeprefix(above), int(meta["size"]), meta["e_tag"])
 
 
 def is_url(text: str) -> bool:
@@ -145,8 +169,19 @@ def _parsed(text: str) -> Any:
     return json.loads(text)
 
 
+def named(path: Path) -> str:
+    """What a person calls a path: its URL where it is a copy."""
+    return str(place_of(path) or path)
+
+
+def _version(meta: Mapping[str, Any]) -> Version:
+    return Version(meta.get("e_tag"), meta.get("version"))
+
+
 @lru_cache(maxsize=8)
-def _store(url: str) -> Any:
+def _store(url: str, brief: bool = False) -> Any:
+    """brief: a request that may not take longer than ``SHORT_SECONDS``."""
+    seconds = SHORT_SECONDS if brief else RETRY_SECONDS
     try:
         from obstore.store import from_url
     except ImportError as error:
@@ -157,10 +192,10 @@ def _store(url: str) -> Any:
         url,
         client_options={
             "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
-            "timeout": timedelta(seconds=REQUEST_SECONDS),
+            "timeout": timedelta(seconds=SHORT_SECONDS if brief else REQUEST_SECONDS),
             "allow_http": plain,
         },
-        retry_config={"max_retries": 6, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
+        retry_config={"max_retries": 6, "retry_timeout": timedelta(seconds=seconds)},
     )
 
 

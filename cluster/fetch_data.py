@@ -68,7 +68,7 @@ def download(url: str, folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(found[0])
 
-    keys = [key for key, _ in Place(url, "").files() if not key.endswith("/")]
+    keys = [found.name for found in Place(url, "").files() if not found.name.endswith("/")]
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(bring, keys))
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from options import place
+from options import source
 
 from autodet.atomic import atomic_write_bytes
 from autodet.ledger import Ledger, LedgerError
@@ -33,9 +33,10 @@ from autodet.results.joint_report import write_joint_report
 from autodet.results.live import Follower, has_driver, live_text
 from autodet.results.plots import draw_rank_agreement, to_png
 from autodet.results.report import comparison, state, write_report
-from autodet.working_copy import update
+from autodet.working_copy import read_path, update
 
 FOLLOW_SECONDS = 5.0
+FOLLOWED = ("config.json", "events/")  # all that --follow needs of a run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
         if options.follow:
-            return follow(options.runs[0])
+            return follow(str(options.runs[0]))
         runs = list(dict.fromkeys(run for path in options.runs for run in find_runs(path)))
         frames = {run: analyze(run, output_of(run, runs, options.output), options) for run in runs}
         if options.csv is not None:
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=place, metavar="RUN", help="folder of a run, or of several")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of several")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write there and leave the run's folder alone")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="all candidates of all runs as one table")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="rows of the leaderboard (default: 10)")
@@ -71,16 +72,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.follow and len(options.runs) > 1:
         parser.error("--follow shows one run")
+    if not options.follow:
+        options.runs = [source(run) for run in options.runs]
     return options
 
 
-def follow(run: Path, seconds: float = FOLLOW_SECONDS) -> int:
+def follow(named: str, seconds: float = FOLLOW_SECONDS) -> int:
     """Show a run every few seconds until its driver has ended, or Ctrl-C."""
+    run = read_path(named, FOLLOWED)
     Ledger.open(run)  # a folder that is no run is refused
     follower, clear = Follower(run), "\033[2J\033[H" if sys.stdout.isatty() else ""
     try:
         while True:
-            update(run)
+            update(run, FOLLOWED)
             driven = has_driver(run)
             print(f"{clear}{live_text(run, follower.records(), time.time())}\n", flush=True)
             if not driven:

@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, place, positive, recorded, share
+from options import (
+    INTERRUPTED,
+    absolute,
+    common_options,
+    main_of,
+    new_folder,
+    parsed,
+    positive,
+    recorded,
+    share,
+    source,
+)
 from runs import SearchRun, read_search, run_list, start_or_resume
 
 import autodet
@@ -32,6 +43,7 @@ from autodet.data import read_dataset
 from autodet.detectors import load_detector
 from autodet.distill import comparable_inputs
 from autodet.ledger import Ledger
+from autodet.object_store import named
 from autodet.runtime.cluster import ray_running
 from autodet.search import Candidate
 from autodet.search.grid import Grid, GridInput
@@ -79,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             [(c, "grid") for c in candidates], task, folder / "trainings", workers, "table", source.preset.gpus
         )
     if records is None:
-        print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+        print(f"Not finished. Go on with: --resume {named(folder)}", file=sys.stderr)
         return INTERRUPTED
     path = options.table or folder / "table.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed build are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=place, help="a finished run of search_distiller.py")
+    add("--run", type=source, help="a finished run of search_distiller.py")
     add("--grid", type=absolute, help="a grid as JSON (default: the 440 formulas in this script)")
     add("--epochs", type=positive, help="of a training (default: the run's proxy's)")
     add("--size", type=positive, help="shorter side of the images in pixels (default: the run's proxy's)")

@@ -14,11 +14,12 @@ import argparse
 import sys
 
 import pandas as pd
-from options import INTERRUPTED, common_options, main_of, new_folder, parsed, place, positive, recorded
+from options import INTERRUPTED, common_options, main_of, new_folder, parsed, positive, recorded, source
 from runs import full_task, read_search, run_list, start_or_resume
 
 from autodet.atomic import atomic_write_bytes
 from autodet.distill import Formula
+from autodet.object_store import named
 from autodet.results.frame import leaderboard, rank_agreement, read_run
 from autodet.results.intervals import spearman
 from autodet.results.plots import draw_rank_agreement, to_png
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         records = run_list(candidates, task, folder / "long", workers, "long", source.preset.gpus)
     if records is None:
-        print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+        print(f"Not finished. Go on with: --resume {named(folder)}", file=sys.stderr)
         return INTERRUPTED
     table = rank_agreement(proxy, read_run(folder / "long"))
     (folder / "long" / "pictures").mkdir(exist_ok=True)
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed check are the recorded ones."""
     parser = common_options(__doc__ or "")
-    parser.add_argument("--run", type=place, help="a finished run of search_distiller.py")
+    parser.add_argument("--run", type=source, help="a finished run of search_distiller.py")
     parser.add_argument("--formulas", type=positive, default=10, help="how many (default: 10)")
     parser.add_argument("--seeds", type=positive, help=f"full trainings of each (default: {SEEDS})")
     options = parsed(parser, argv, "check_proxy", RECORDED, EXTENDABLE)

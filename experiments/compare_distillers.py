@@ -24,18 +24,31 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from options import INTERRUPTED, absolute, common_options, main_of, new_folder, parsed, place, positive, recorded, share
+from options import (
+    INTERRUPTED,
+    absolute,
+    common_options,
+    main_of,
+    new_folder,
+    parsed,
+    positive,
+    recorded,
+    share,
+    source,
+)
 from runs import SearchRun, full_task, read_search, run_list, start_or_resume
 from transfer import transferred
 
 from autodet.distill import PUBLISHED, Formula
 from autodet.distill.grammar import WEIGHTS
 from autodet.ledger import Ledger
+from autodet.object_store import named
 from autodet.records import Record
 from autodet.results.frame import paired_differences, read_run
 from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import EMPTY, Candidate
+from autodet.working_copy import read_path
 
 RECORDED = ("run", "rivals", "formula", "transfer", "tune", "split", "fraction", "seed")
 EXTENDABLE = ("workers", "seeds")
@@ -51,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     source = read_search(options.run)
     found = Formula.parse(options.formula) if options.formula else source.found
     config = {"script": "compare_distillers", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
-    moved = transferred([Path(folder) for folder in options.transfer], source)
+    moved = transferred([read_path(folder) for folder in options.transfer], source)
     config |= {"found": str(found), "transferred": {arm: str(formula) for arm, formula in moved.items()}}
     extendable = [f"options.{name}" for name in EXTENDABLE]
     workers = options.workers or source.preset.workers
@@ -63,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         arms = None if tuned is None else tuned | {FOUND: found} | moved
         finished = arms is not None and compare(options, source, folder / "compare", arms, workers)
     if not finished:
-        print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+        print(f"Not finished. Go on with: --resume {named(folder)}", file=sys.stderr)
         return INTERRUPTED
     print_table(folder / "compare")
     print(f"Report: {write_report(folder / 'compare')}")
@@ -74,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed comparison are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=place, help="a finished run of search_distiller.py")
+    add("--run", type=source, help="a finished run of search_distiller.py")
     add("--formula", help="compare this formula instead of the one that the run found")
     other = "formulas of these finished searches become arms too"
     add("--transfer", nargs="+", type=absolute, default=[], metavar="RUN", help=other)

@@ -24,7 +24,7 @@ from statistics import fmean
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from options import absolute, common_options, main_of, new_folder, parsed, place, positive, recorded
+from options import absolute, common_options, main_of, new_folder, parsed, positive, recorded, source
 from runs import pool_task_of, start_or_resume
 
 from autodet.atomic import atomic_write_bytes
@@ -36,6 +36,7 @@ from autodet.runtime.plain_training import train_side_by_side
 from autodet.teachers import Member
 from autodet.teachers.pool import PoolError, TeacherPool, read_members
 from autodet.training import Workbench
+from autodet.working_copy import read_path
 
 RECORDED = ("run", "members", "split", "seed")
 EXTENDABLE = ("workers", "also", "seeds")
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "compare-pool")
     pool, task = TeacherPool.open(options.run / "pool"), pool_task_of(options.run)
     members = spread(read_members(options.run / "pool"), options.members)
-    also = other_pools([Path(run) for run in options.also or ()], pool)
+    also = other_pools([read_path(run) for run in options.also or ()], pool)
     benches = {m.size: Workbench(replace(task.task, student=pool.spec_of(m), split=options.split)) for m in members}
     config = {"script": "compare_pool", "options": recorded(options, (*RECORDED, *EXTENDABLE))}
     config["members"] = [str(member) for member in members]
@@ -79,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; those of a resumed comparison are the recorded ones."""
     parser = common_options(__doc__ or "")
     add = parser.add_argument
-    add("--run", type=place, help="a finished run of train_teacher_pool.py")
+    add("--run", type=source, help="a finished run of train_teacher_pool.py")
     add("--members", type=positive, default=12, help="how many are also trained alone (default: 12)")
     add("--seeds", type=positive, help="trainings of each member alone (default: 1)")
     add("--also", nargs="+", type=absolute, metavar="RUN", help="further pools, in which the members are measured too")

@@ -30,12 +30,12 @@ from options import (
     main_of,
     new_folder,
     parsed,
-    place,
     placement_arguments,
     placement_options,
     positive,
     recorded,
     share,
+    source,
 )
 from runs import start_or_resume
 
@@ -97,9 +97,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data_options(parser)
     placement_options(parser)
     add = parser.add_argument
-    add("--base", type=place, help="the detector, as for upgrade_detector.py")
+    add("--base", type=source, help="the detector, as for upgrade_detector.py")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
-    add("--pool", type=place, help="of teachers, by train_teacher_pool.py")
+    add("--pool", type=source, help="of teachers, by train_teacher_pool.py")
     add("--formula", help="what teachers teach by: a formula, or a run of search_distiller.py")
     add("--latency-target", type=share, default=0.75, help="share of the base's latency (default: 0.75)")
     add("--budget", type=positive, default=18, help="children of every run (default: 18)")

@@ -22,6 +22,7 @@ from autodet.records import Metrics, RelativeCost
 from autodet.results.joint_report import write_joint_report
 from autodet.search import JointSearch
 from autodet.teachers.statistics import measure_statistics
+from autodet.working_copy import fetch_changed
 
 DERIVED, ONNX, TABLE = "derived.safetensors", "derived.onnx", "final.json"
 SAME = "base, same settings"
@@ -76,6 +77,7 @@ def chosen_of(search: JointSearch, task: JointTask, examiner: Examiner) -> tuple
         if point.id == 0:
             print("\nNothing better than the base was found; it is handed back as it is. A larger --budget may help.")
             return point, examiner.base_cost()
+        fetch_changed(path)  # a child of another machine
         if path.exists():  # of those that have left the front there is none
             cost = examiner.cost(load_detector(path)[0], PRECISION, ROUNDS)
             if search.within(cost):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from joint_presets import joint_preset_of
-from options import main_of, place, positive
+from options import main_of, positive, source
 from runs import data_folder
 from upgrading import BASE
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=place, required=True, help="of upgrade_detector.py")
+    parser.add_argument("--run", type=source, required=True, help="of upgrade_detector.py")
     parser.add_argument("--children", type=positive, default=4, help="actions that are tried (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, run in (("autodet", with_autodet), ("Ray Tune alone", with_tune)):
             with tempfile.TemporaryDirectory() as folder, ray_running(cpus=preset.workers * preset.threads):
                 started = time.time()
-                trainings = run(task, candidates, Path(folder), preset.workers)
+                trainings = run(task, candidates, Path(folder), preset)
             rows.append({"round": number, "of": name, **summary(trainings, started, preset.workers)})
             print(" ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     print()
@@ -88,16 +88,16 @@ def overhead_task(options: argparse.Namespace, preset: Preset) -> Task:
     )
 
 
-def with_autodet(task: Task, candidates: Sequence[Candidate], folder: Path, workers: int) -> list[Training]:
+def with_autodet(task: Task, candidates: Sequence[Candidate], folder: Path, preset: Preset) -> list[Training]:
     """A session's run."""
     with Ledger.create(folder / "run", {}) as ledger:
         session = Session(ledger, FixedList([(candidate, "none") for candidate in candidates]))
-        run_session(session, task, folder / "run", workers)
+        run_session(session, task, folder / "run", preset.workers, preset.gpus)
         told = [event for event in ledger.events() if event.kind == "told"]
     return [Training(event.payload["seconds"], event.time) for event in told]
 
 
-def with_tune(task: Task, candidates: Sequence[Candidate], folder: Path, workers: int) -> list[Training]:
+def with_tune(task: Task, candidates: Sequence[Candidate], folder: Path, preset: Preset) -> list[Training]:
     """The same trainings as Tune's own documentation would have them."""
     text = task.to_json()
 
@@ -114,9 +114,9 @@ def with_tune(task: Task, candidates: Sequence[Candidate], folder: Path, workers
         tune.report({"ap": outcome.metrics.ap, "seconds": outcome.seconds, "ended": time.time()})
 
     tuner = tune.Tuner(
-        tune.with_resources(train, {"cpu": task.threads}),
+        tune.with_resources(train, {"cpu": task.threads, "gpu": preset.gpus}),
         param_space={"replicate": tune.grid_search([candidate.replicate for candidate in candidates])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=workers),
+        tune_config=tune.TuneConfig(max_concurrent_trials=preset.workers),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
     )
     found = tuner.fit()

@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 import torch
-from options import main_of, place, positive
+from options import main_of, positive, source
 from runs import pool_task_of
 
 from autodet.data import Batch
@@ -47,7 +47,7 @@ SANDWICH, LARGEST = "1*sandwich(1, 2)", "1*largest"
 def main(argv: list[str] | None = None) -> int:
     """Measure one thing after the other, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=place, required=True, help="a finished run of train_teacher_pool.py")
+    parser.add_argument("--run", type=source, required=True, help="a finished run of train_teacher_pool.py")
     parser.add_argument("--batches", type=positive, default=6, help="steps whose costs are averaged (default: 6)")
     options = parser.parse_args(argv)
     bench = PoolBench(pool_task_of(options.run))

@@ -17,14 +17,14 @@ import torch
 from autodet.detectors.spec import FAMILIES
 from autodet.lease import LeaseHeld, LeaseLost
 from autodet.ledger import Ledger, LedgerError, is_run
-from autodet.object_store import is_url, place_of
+from autodet.object_store import is_url, named, place_of
 from autodet.search.session import MachineError
 from autodet.training import Diverged
-from autodet.working_copy import local_path
+from autodet.working_copy import local_path, read_path
 
 USER_ERRORS = (ValueError, OSError, LedgerError, LeaseHeld, LeaseLost, MachineError, Diverged)
 INTERRUPTED = 130
-PATHS = ("data", "cache", "teacher", "start", "run", "base", "pool")
+PATHS, SOURCES = ("data", "cache"), ("teacher", "start", "run", "base", "pool")  # of options
 
 
 def common_options(
@@ -70,9 +70,19 @@ def placement_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def place(text: str) -> Path:
-    """A path, or the local copy of what an s3:// or gs:// URL names, as an option's type."""
+    """Where a run is written: a path, or the local copy of what an s3:// or gs:// URL names, as an option's type."""
     try:
         return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def source(text: str) -> Path:
+    """What is only read: a path, or a copy of what a URL names, as an option's type. ``:MEMBER`` of a pool stays."""
+    scheme, _, rest = text.partition("://") if is_url(text) else ("", "", "")
+    url, colon, member = rest.partition(":")
+    try:
+        return Path(f"{read_path(f'{scheme}://{url}')}{colon}{member}") if scheme else read_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -103,15 +113,16 @@ def share(text: str) -> float:
 
 
 def absolute(path: str) -> str:
-    """A path as an option's value that JSON can hold and that resumes from anywhere."""
-    return str(Path(path).resolve())
+    """A path, or a URL, as an option's value that JSON can hold and that resumes from anywhere."""
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def new_folder(output: Path | None, script: str) -> Path:
     """The folder of a new run; ValueError where it holds one already."""
     folder = output or Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "config.json").exists():
-        raise ValueError(f"--output {folder} holds a run already: continue it with --resume {folder}, or name another.")
+        where = named(folder)
+        raise ValueError(f"--output {where} holds a run already: continue it with --resume {where}, or name another.")
     return folder
 
 
@@ -127,13 +138,17 @@ def parsed(
     ValueError where RUN is another script's, or an option is given that a resumed run cannot change.
     """
     options = parser.parse_args(argv)
+    if options.or_resume and options.output is None and options.resume is None:
+        parser.error("--or-resume needs --output RUN: without it each start would be a run of its own")
     if options.or_resume and options.output is not None and is_run(options.output):
         options.resume, options.output = options.output, None
     if options.resume is None:
         return options
     config = Ledger.open(options.resume).config
     if config.get("script") != script:
-        raise ValueError(f"--resume {options.resume} is a run of {config.get('script')}, expected one of {script}.")
+        raise ValueError(
+            f"--resume {named(options.resume)} is a run of {config.get('script')}, expected one of {script}."
+        )
     values: dict[str, Any] = {}
     for name in (*names, *extendable):
         given = getattr(options, name)
@@ -146,7 +161,11 @@ def parsed(
                 f"{flag} {given} with --resume: the run was started with {old}. Leave it out, or start anew."
             )
         else:
-            values[name] = local_path(old) if name in PATHS and old is not None else old
+            values[name] = old
+            if old is not None and name in PATHS:
+                values[name] = Path(old)
+            elif old is not None and name in SOURCES:
+                values[name] = source(old)
     return argparse.Namespace(**(vars(options) | values))
 
 

@@ -21,7 +21,8 @@ from autodet.atomic import atomic_write_json
 from autodet.data import read_dataset, write_shapes
 from autodet.detectors import DetectorSpec
 from autodet.distill import Formula
-from autodet.ledger import Ledger
+from autodet.ledger import Ledger, localised, portable
+from autodet.object_store import named
 from autodet.records import Record
 from autodet.runtime.tune_search import run_session
 from autodet.search import Ask, Best, Candidate, FixedList, Session
@@ -93,7 +94,7 @@ class SearchRun:
 
 def save_search(folder: Path, task: Task, found: Best, control: float | None) -> None:
     """task.json and found.json, from which ``read_search`` rebuilds. control: mean AP without distillation."""
-    atomic_write_json(folder / "task.json", json.loads(task.to_json()))
+    atomic_write_json(folder / "task.json", portable(json.loads(task.to_json()), folder))
     values = {"formula": str(found.formula), "ap": found.ap, "runs": found.runs, "control": control}
     atomic_write_json(folder / "found.json", values)
 
@@ -109,7 +110,7 @@ def read_search(folder: Path) -> SearchRun:
     if config.get("script") != "search_distiller":
         raise ValueError(f"{folder} is a run of {config.get('script')}, expected one of search_distiller.")
     if not (folder / "found.json").exists():
-        raise ValueError(f"{folder} has not finished. Finish it first: search_distiller.py --resume {folder}")
+        raise ValueError(f"{folder} has not finished. Finish it first: search_distiller.py --resume {named(folder)}")
     options = config["options"]
     preset = preset_of(options["preset"], options["family"], options["teacher_family"])
     preset = preset.placed(options.get("cpus_per_trial"), options.get("gpus_per_trial"))
@@ -117,7 +118,7 @@ def read_search(folder: Path) -> SearchRun:
     return SearchRun(
         folder=folder,
         preset=preset,
-        task=Task.from_json((folder / "task.json").read_text()),
+        task=Task.from_json(json.dumps(localised(json.loads((folder / "task.json").read_text()), folder))),
         student=DetectorSpec.parse(config["student"]),
         inherit=bool(options["inherit"]),
         full_fraction=preset.full_fraction if fraction is None else float(fraction),

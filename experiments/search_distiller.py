@@ -31,6 +31,7 @@ from options import (
     positive,
     recorded,
     share,
+    source,
 )
 from pictures import save_student_pictures
 from presets import Preset, preset_of
@@ -48,6 +49,7 @@ from teachers import member_identity, named_teacher, named_teacher_spec
 from autodet.detectors import DetectorSpec, load_detector
 from autodet.detectors.spec import FAMILIES
 from autodet.distill import INPUTS, PUBLISHED, why_incomparable
+from autodet.object_store import named
 from autodet.results.report import write_report
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.runtime.tune_search import run_session
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             run_session(session, proxy, folder, workers, gpus_per_trial=preset.gpus)
             ledger.write_views()
             if not session.finished:
-                print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+                print(f"Not finished. Go on with: --resume {named(folder)}", file=sys.stderr)
                 return INTERRUPTED
             found = search.best()
             if found is None:
@@ -132,7 +134,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--teacher",
-        type=Path,
+        type=source,
         help="a file of train_detector.py, a torchvision state dict, or of train_teacher_pool.py POOL, POOL:<member>,"
         " POOL:latency_ms<=30 (default: train one with the preset's recipe)",
     )
@@ -141,7 +143,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--inputs", nargs="+", choices=tuple(INPUTS), help="knowledge inputs (default: all that the pair has)")
     add("--student", help="a detector file, or a DetectorSpec's text, whose structure to use (default: the preset's)")
     add("--inherit", action=argparse.BooleanOptionalAction, default=True, help="start neck and head from the teacher's")
-    add("--start", type=Path, help="a detector file that students go on from, in place of fresh weights (--no-inherit)")
+    add(
+        "--start",
+        type=source,
+        help="a detector file that students go on from, in place of fresh weights (--no-inherit)",
+    )
     add("--proxy-epochs", type=positive, help="of a candidate's training (default: the preset's)")
     add("--proxy-rate", type=float, help="learning rate of a candidate's training (default: the preset's)")
     add("--fraction", type=share, help="share of the training images for candidates (default: the preset's)")

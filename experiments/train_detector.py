@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from autodet.data import BatchKey
 from autodet.detectors import DetectorSpec, detect, load_detector
 from autodet.evaluation import cost_of
 from autodet.training import Task, Workbench, train_plain
+from autodet.working_copy import move
 
 RECORDED = ("preset", "family", "data", "cache", "role", "spec", "epochs", "split", "seed")
 
@@ -36,11 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     task = plain_task(options, preset, folder)
     config = {"script": "train_detector", "options": recorded(options, RECORDED)}
     config["task"] = json.loads(task.to_json())
-    with start_or_resume(folder, config):
+    with start_or_resume(folder, config, ["task.threads"]):
         result = folder / f"{options.role}.safetensors"
         if not result.exists():
             weights = train_plain(task, folder / "training", say_epoch(options.role))
-            os.replace(weights, result)
+            move(weights, result)
     report(task, result)
     return 0
 

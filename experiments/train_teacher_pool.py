@@ -72,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     bench = PoolBench(task)
     bench.trainer()  # a formula or a space that does not suit is refused here
     gpus = gpus_of(options.gpus_per_trial, task.task.device)
+    if 0 < gpus < 1:
+        raise ValueError(
+            f"--gpus-per-trial {gpus:g}: a pool's workers exchange gradients, which takes a whole GPU each."
+        )
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]):
         save_picture(folder / "pictures" / "schedule.png", draw_schedule(task.pool.schedule.steps))
         if not (folder / "pool" / MEMBERS).exists():

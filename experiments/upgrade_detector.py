@@ -29,10 +29,10 @@ from options import (
     main_of,
     new_folder,
     parsed,
-    place,
     placement_options,
     positive,
     recorded,
+    source,
 )
 from runs import checked_labels, data_folder, start_or_resume
 from upgrading import (
@@ -52,8 +52,10 @@ from autodet.detectors import Detector, load_detector
 from autodet.distill import Formula
 from autodet.joint import Examiner, JointBench
 from autodet.ledger import Ledger
+from autodet.object_store import named
 from autodet.runtime.cluster import check_address, ray_running
 from autodet.search.joint import COSTS, TEACHERS
+from autodet.working_copy import fetch_changed
 
 RECORDED = (
     *("preset", "family", "data", "cache", "base", "base_size", "latency_target", "limit", "pool", "formula"),
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     check(options)
     data = data_folder(options, joint_preset_of(options.preset, options.family).preset)
     labels = checked_labels(data)
+    fetch_changed(folder / BASE)
     given = None if (folder / BASE).exists() else given_base(options, labels)
     preset = joint_preset_of(options.preset, family_of(folder, given, options.family)).placed(options)
     milliseconds = None if options.cost is None else user_cost(options.cost)
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
                 search = make_search(options, preset, task, examiner, formula, pool)
                 finished = run_search(ledger, search, task, folder, preset.preset)
             if not finished:
-                print(f"Not finished. Go on with: --resume {folder}", file=sys.stderr)
+                print(f"Not finished. Go on with: --resume {named(folder)}", file=sys.stderr)
                 return INTERRUPTED
     with stages.timed("report"):
         finish(folder, search, task, examiner, None if options.base else preset.preset.teaching.epochs)
@@ -111,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data_options(parser)
     placement_options(parser)
     add = parser.add_argument
-    add("--base", type=place, help="the detector: a file of ours or a torchvision state dict (default: train one)")
+    add("--base", type=source, help="the detector: a file of ours or a torchvision state dict (default: train one)")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
     add(
         "--latency-target",
@@ -125,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME<=X",
         help="macs_g<=X or params_m<=X; as with a target, the most accurate detector within it is handed back",
     )
-    add("--pool", type=place, help="of teachers, by train_teacher_pool.py (default: train one)")
+    add("--pool", type=source, help="of teachers, by train_teacher_pool.py (default: train one)")
     add(
         "--formula",
         type=formula_text,

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -32,9 +31,11 @@ from autodet.distill import Formula, why_incomparable
 from autodet.joint.examine import UserCost
 from autodet.ledger import is_run
 from autodet.morphism.settings import thaw_norms
+from autodet.object_store import named
 from autodet.teachers import Member, TeacherPool
 from autodet.teachers.pool import MANIFEST, MEMBERS, PoolError, read_manifest, read_members
 from autodet.training import Task, train_plain
+from autodet.working_copy import move, read_path
 
 BASE = "base.safetensors"
 STAGES = "stages.json"
@@ -121,7 +122,7 @@ def base_stage(
         threads=all_threads(preset.preset),
     )
     with stages.timed("base"):
-        os.replace(train_plain(task, folder / "base", say_epoch("base")), path)
+        move(train_plain(task, folder / "base", say_epoch("base")), path)
         if task.device == "cuda":
             torch.cuda.empty_cache()  # of which pool and trials need a share
     return path
@@ -168,7 +169,7 @@ def pool_stage(
 
 def pool_arguments(options: argparse.Namespace, preset: JointPreset, base: Path, data: Path, run: Path) -> list[str]:
     """The command line of train_teacher_pool.py for a base."""
-    placement = placement_arguments(options)
+    placement = pool_placement(options)
     if is_run(run):
         return ["--resume", str(run), "--address", options.address, *placement]
     spec = load_detector(base)[0].spec
@@ -178,6 +179,14 @@ def pool_arguments(options: argparse.Namespace, preset: JointPreset, base: Path,
     found += ["--seed", str(options.seed), "--output", str(run), "--address", options.address, *placement]
     found += ["--space", str(space), "--members", str(preset.members)]
     return found if preset.schedule is None else [*found, "--schedule", preset.schedule]
+
+
+def pool_placement(options: argparse.Namespace) -> list[str]:
+    """What the pool's workers take. On a cluster as many as there are, since machines may be lost; a whole GPU each."""
+    placement = argparse.Namespace(**(vars(options) | {"gpus_per_trial": None}))
+    if options.workers is not None and options.address == "auto":
+        placement.workers = f"1-{options.workers}"
+    return placement_arguments(placement)
 
 
 def formula_stage(
@@ -245,10 +254,10 @@ def given_formula(options: argparse.Namespace) -> Formula | None:
     """The user's formula: a text, a file with one, or what a run of search_distiller.py found."""
     if options.formula is None:
         return None
-    named = Path(options.formula) if len(options.formula) < LONGEST_NAME else None
-    if named is None or not named.exists():
+    place = read_path(options.formula) if len(options.formula) < LONGEST_NAME else None
+    if place is None or not place.exists():
         return Formula.parse(options.formula)
-    return read_search(named).found if named.is_dir() else Formula.parse(named.read_text().strip())
+    return read_search(place).found if place.is_dir() else Formula.parse(place.read_text().strip())
 
 
 def user_cost(named: str) -> UserCost:
@@ -274,4 +283,4 @@ def _pool_folder(named: Path) -> Path:
 
 def _checked(code: int, folder: Path) -> None:
     if code:
-        raise KeyboardInterrupt(f"go on with --resume {folder}")
+        raise KeyboardInterrupt(f"go on with --resume {named(folder)}")

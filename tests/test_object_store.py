@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import count
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gcs_server import gcs_server
 from s3_server import SETTINGS, free_port, make_bucket, s3_server
 
 from autodet import lease as lease_module
@@ -18,9 +20,9 @@ from autodet import object_store
 from autodet.atomic import atomic_write_bytes
 from autodet.detectors.weights import load_weights, save_weights
 from autodet.lease import Lease, LeaseHeld, LeaseLost
-from autodet.ledger import Ledger, LedgerError
-from autodet.object_store import COPIED, Changed, Place, StoreError, copies, declare_copy, place_of
-from autodet.working_copy import ROOT, discard, fetch, fetch_missing, local_path, update
+from autodet.ledger import Ledger, LedgerError, is_run
+from autodet.object_store import COPIED, Changed, Place, StoreError, Version, copies, declare_copy, named, place_of
+from autodet.working_copy import ROOT, discard, fetch, fetch_changed, local_path, move, read_path, spare, update
 
 NUMBERS = count()
 ASKED = {"candidate": {"formula": "none", "inherit": False, "replicate": 0}, "phase": "divide", "group": "global"}
@@ -45,10 +47,12 @@ def url(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def other_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The run's copy on a machine that has never seen it."""
+    """The run's copy on a machine that has never seen it, brought up to date."""
     monkeypatch.setenv(ROOT, f"{os.environ[ROOT]}-{next(NUMBERS)}")
     monkeypatch.setenv(COPIED, "{}")
-    return local_path(url)
+    folder = local_path(url)
+    update(folder)
+    return folder
 
 
 def test_paths_are_paths_and_urls_are_copies(url: str, tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_another_machine_sees_the_same_files(url: str, monkeypatch: pytest.Monke
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(folder / name, name.encode())
     other = other_machine(url, monkeypatch)
-    names = {path.relative_to(other).as_posix() for path in other.rglob("*") if path.is_file()}
+    names = {path.relative_to(other).as_posix() for path in other.rglob("[!.]*") if path.is_file()}
     assert names == {"config.json", "events/00000000-asked-000000.json", "weights/abc.safetensors"}
     assert all((other / name).read_bytes() == name.encode() for name in names)
     fetch(other / "trials/000001/c.pt")  # by the trial that goes on from it
@@ -115,7 +119,7 @@ def test_a_copy_that_was_left_behind_is_brought_up_to_date(url: str, monkeypatch
     Place(url, "gone.json").remove()
     (folder / "never-recorded.json").write_bytes(b"of a write that failed")
     update(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"config.json": b"new"}
+    assert {path.name: path.read_bytes() for path in folder.glob("[!.]*")} == {"config.json": b"new"}
 
 
 def test_what_never_changes_is_fetched_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +130,7 @@ def test_what_never_changes_is_fetched_once(url: str, monkeypatch: pytest.Monkey
     read: list[str] = []
     whole = Place.read
 
-    def counted(place: Place) -> tuple[bytes, str] | None:
+    def counted(place: Place) -> tuple[bytes, Version] | None:
         read.append(place.key)
         return whole(place)
 
@@ -156,7 +160,7 @@ def _saved(folder: Path) -> bytes:
 
 def test_a_file_of_weights_can_be_named_by_its_url(url: str, tmp_path: Path) -> None:
     Place(url, "base.safetensors").write(_saved(local_path(url)))
-    state, _ = load_weights(local_path(f"{url}/base.safetensors"))
+    state, _ = load_weights(read_path(f"{url}/base.safetensors"))
     assert list(state) == ["x"]
 
 
@@ -167,11 +171,11 @@ def test_removing_goes_to_the_store_as_well(url: str) -> None:
         atomic_write_bytes(folder / name, b"")
     discard(folder / "trials" / "000001")
     discard(folder / "absent")
-    assert [key for key, _ in Place(url, "").files()] == ["kept"]
+    assert [found.name for found in Place(url, "").files()] == ["kept"]
     assert not (folder / "trials" / "000001").exists()
     discard(folder / "kept")
     assert not list(Place(url, "").files()) and not (folder / "kept").exists()
-    fetch_missing(folder / "kept")
+    fetch_changed(folder / "kept")
     assert not (folder / "kept").exists()
 
 
@@ -233,7 +237,7 @@ def test_an_event_that_the_store_did_not_take_is_not_recorded(url: str, monkeypa
         ledger.append("asked", 0, ASKED)
         whole = Place.write
 
-        def failing(place: Place, *args: object, **options: object) -> str:
+        def failing(place: Place, *args: object, **options: object) -> Version:
             if place.key.startswith("events/"):
                 raise StoreError("the network is down")
             return whole(place, *args, **options)  # type: ignore[arg-type]
@@ -246,6 +250,166 @@ def test_an_event_that_the_store_did_not_take_is_not_recorded(url: str, monkeypa
         ledger.append("asked", 1, ASKED)
     update(folder)
     assert [event.id for event in Ledger.open(folder).events()] == [0, 1]
+
+
+def test_on_googles_store_a_lease_is_renewed_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    object_store._store.cache_clear()
+    monkeypatch.setenv(COPIED, "{}")
+    monkeypatch.setenv(ROOT, str(tmp_path / "copies"))
+    with gcs_server() as settings:
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        url = "gs://bucket/runs/a"
+        folder = local_path(url)
+        folder.mkdir(parents=True)
+        first = Lease(folder, renew_seconds=0.05)
+        place = Place(url, "lease.json")
+        before = place.version()
+        while place.version() == before:
+            assert first._thread.is_alive()
+            time.sleep(0.02)
+        first._closing.set()
+        first._thread.join()
+        monkeypatch.setattr(lease_module, "_is_dead", lambda holder: True)
+        with Lease(folder), pytest.raises(LeaseLost, match="taken over"):
+            first.check()
+        with pytest.raises(Changed):
+            place.write(b"{}", instead_of=before)
+    object_store._store.cache_clear()
+
+
+def test_a_lease_that_could_not_be_renewed_for_long_is_renewed_before_it_is_relied_on(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = local_path(url)
+    folder.mkdir(parents=True)
+    with Lease(folder, renew_seconds=1000) as lease:
+        place = Place(url, "lease.json")
+        before = place.version()
+        lease.check()
+        assert place.version() == before
+        monkeypatch.setattr(lease_module, "FRESH_SECONDS", -1.0)
+        lease.check()
+        assert place.version() != before
+        monkeypatch.setattr(lease._file, "read", lambda: lease._holder)  # the moment before another one takes it over
+        place.write(b'{"host": "b"}')
+        with pytest.raises(LeaseLost, match="another process"):
+            lease.check()
+        place.remove()
+
+
+def test_a_driver_that_resumes_sees_what_the_last_one_wrote_meanwhile(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = local_path(url)
+    with Ledger.create(first, {}) as ledger:
+        ledger.append("asked", 0, ASKED)
+        other = other_machine(url, monkeypatch)  # whose driver now checks its data, and waits for the lease
+        declare_copy(first, url)
+        ledger.append("told", 0, {"status": "completed", "ap": 0.5, "epochs": 1, "seconds": 1.0})
+    with Ledger.resume(other) as resumed:
+        assert [event.kind for event in resumed.events()] == ["asked", "told"]
+        resumed.append("asked", 1, ASKED)
+
+
+def test_a_run_without_events_is_a_run_everywhere(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ledger.create(local_path(url), {"script": "train_teacher_pool"}).close()
+    other = other_machine(url, monkeypatch)
+    assert is_run(other) and not is_run(other / "events")
+    with Ledger.resume(other) as ledger:
+        ledger.append("asked", 0, ASKED)
+
+
+def test_settings_name_what_is_inside_the_run_wherever_it_lies(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    inner = folder / "distiller"
+    Ledger.create(folder, {"data": "/data", "task": {"weights": f"{folder}/weights"}}).close()
+    Ledger.create(inner, {"start": f"{folder}/base.safetensors", "arms": [f"{inner}/a:member"]}).close()
+    other = other_machine(url, monkeypatch)
+    assert Ledger.open(other).config == {"data": "/data", "task": {"weights": f"{other}/weights"}}
+    expected = {"start": f"{other}/base.safetensors", "arms": [f"{other}/distiller/a:member"]}
+    assert Ledger.open(other / "distiller").config == expected
+    Ledger.resume(other / "distiller", expected).close()
+
+
+def test_nested_runs_bring_what_a_reader_needs_and_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    names = ("distiller/events/0.json", "distiller/trials/1/c.pt", "teachers/train/checkpoint_1/c.pt", "lease.json")
+    for name in (*names, "distiller/lease.json", "pool/weights.safetensors", "config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(folder / name, name.encode())
+    other = read_path(url)
+    found = {path.relative_to(other).as_posix() for path in other.rglob("[!.]*") if path.is_file()}
+    assert found == {"distiller/events/0.json", "pool/weights.safetensors", "config.json"}
+    read: list[str] = []
+    whole = Place.read
+
+    def noted(place: Place) -> tuple[bytes, Version] | None:
+        read.append(place.key)
+        return whole(place)
+
+    monkeypatch.setattr(Place, "read", noted)
+    update(other)
+    assert read == []
+    atomic_write_bytes(folder / "config.json", b"x" * len("config.json"))
+    update(other)
+    assert read == ["config.json"]
+    update(other / "distiller", ("events/",))
+    assert (other / "distiller/events/0.json").exists() and read == ["config.json"]
+
+
+def test_a_reader_does_not_disturb_the_driver_on_its_machine(url: str) -> None:
+    folder = local_path(url)
+    (folder / "ray").mkdir(parents=True)
+    for name in ("ray/state", ".event.json.tmp", "found.json"):
+        (folder / name).write_bytes(b"about to be written")
+    other = read_path(url)
+    assert other != folder and len([path for path in folder.rglob("*") if path.is_file()]) == 3
+    update(folder)
+    assert not (folder / "found.json").exists() and (folder / ".event.json.tmp").exists()
+
+
+def test_the_path_of_a_copy_means_its_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = local_path(url)
+    monkeypatch.setenv(COPIED, "{}")
+    assert named(folder) == str(folder)
+    assert local_path(str(folder)) == folder and named(folder) == url
+    assert named(local_path(str(read_path(url)))) == url
+
+
+def test_a_file_is_moved_in_the_store_as_well(url: str) -> None:
+    folder = local_path(url)
+    (folder / "base").mkdir(parents=True)
+    atomic_write_bytes(folder / "base" / "abc.safetensors", b"weights")
+    move(folder / "base" / "abc.safetensors", folder / "base.safetensors")
+    assert [found.name for found in Place(url, "").files()] == ["base.safetensors"]
+    assert (folder / "base.safetensors").read_bytes() == b"weights" and not list((folder / "base").glob("[!.]*"))
+
+
+def test_a_name_that_says_nothing_of_its_content_is_looked_up(url: str) -> None:
+    folder = local_path(url)
+    folder.mkdir(parents=True)
+    atomic_write_bytes(folder / "base.safetensors", b"of the run that was here before")
+    Place(url, "base.safetensors").write(b"of this run")  # by a driver elsewhere
+    fetch_changed(folder / "base.safetensors")
+    assert (folder / "base.safetensors").read_bytes() == b"of this run"
+
+
+def test_a_machine_that_is_short_of_space_keeps_what_it_uses(url: str) -> None:
+    run = local_path(url)
+    for name in ("trials/000001", "weights"):
+        (run / name).mkdir(parents=True)
+    for name in ("trials/000001/checkpoint.pt", "weights/a.safetensors", "weights/b.safetensors"):
+        atomic_write_bytes(run / name, name.encode())
+    long_ago = time.time() - 1e5
+    for name in ("a", "b"):
+        os.utime(run / "weights" / f"{name}.safetensors", (long_ago, long_ago))
+    fetch_changed(run / "weights" / "b.safetensors")
+    spare(run, run / "trials" / "000001")
+    assert [path.name for path in (run / "weights").iterdir()] == ["b.safetensors"]
+    assert not (run / "trials" / "000001").exists() and len(list(Place(url, "").files())) == 3
+    fetch_changed(run / "weights" / "a.safetensors")
+    assert (run / "weights" / "a.safetensors").read_bytes() == b"weights/a.safetensors"
 
 
 class Forbidden(BaseHTTPRequestHandler):
@@ -263,7 +427,7 @@ class Forbidden(BaseHTTPRequestHandler):
 
 
 def test_mistakes_say_what_to_do(url: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StoreError, match="s3://no-such-bucket/x: there is no such bucket"):
+    with pytest.raises(StoreError, match="there is no such bucket"):
         local_path("s3://no-such-bucket/x")
     for wrong in ("ftp://host/x", "s3://", "s3:///"):
         with pytest.raises(ValueError, match="expected a folder in an object store"):

@@ -32,7 +32,7 @@ ROOMS = (
     "joint",
     "runtime",
 )
-RESULTS_READS = {"pareto", "atomic", "records", "lease", "event_files", "ledger", "detectors", "results"}
+RESULTS_READS = {"pareto", "object_store", "atomic", "records", "lease", "event_files", "ledger", "detectors", "results"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from autodet.atomic import atomic_write_bytes, plain_json
-from autodet.working_copy import fetch_missing
+from autodet.working_copy import fetch_changed
 
 State = dict[str, Tensor]
 
@@ -220,7 +220,7 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
 def _opened(path: Path) -> Iterator[Any]:
     """An open safetensors file; what goes wrong while it is read is a WeightsError."""
     try:
-        fetch_missing(path)
+        fetch_changed(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:

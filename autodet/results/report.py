@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from autodet.atomic import atomic_write_bytes
 from autodet.lease import LAPSE_SECONDS, read_holder
 from autodet.ledger import Ledger, is_run
+from autodet.object_store import named
 from autodet.records import Record, records_from
 from autodet.results import page, plots
 from autodet.results.facts import with_facts
@@ -246,9 +247,9 @@ def repeat(ledger: Ledger, run_dir: Path, rewrite: bool = True) -> str:
     command = ledger.about["about"].get("command")
     lines = [command if isinstance(command, str) else shlex.join(["python", *command])] if command else []
     if script and ledger.config.get("options"):  # a run inside another's folder is continued with it
-        lines += [f"python experiments/{script}.py --resume {shlex.quote(str(run_dir))}   # continue this run"]
+        lines += [f"python experiments/{script}.py --resume {shlex.quote(named(run_dir))}   # continue this run"]
     if rewrite:
-        lines += [f"python experiments/analyze.py {shlex.quote(str(run_dir))}   # write this page again"]
+        lines += [f"python experiments/analyze.py {shlex.quote(named(run_dir))}   # write this page again"]
     about = {key: value for key, value in ledger.about["about"].items() if key != "command"}
     facts = json.dumps(about, indent=2, ensure_ascii=False) if about else ""
     return page.section("How to repeat", page.preformatted("\n".join(lines)), page.preformatted(facts) if facts else "")

@@ -67,7 +67,8 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
         train_on_worker, train_loop_config=config, scaling_config=train.ScalingConfig(**scaling), run_config=run
     )
     result = _fit(trainer)
-    fetch(folder / DIVERGED)
+    for told in (DIVERGED, PROGRESS):  # by a worker, perhaps on another machine
+        fetch(folder / told)
     if (folder / DIVERGED).exists():
         raise Diverged((folder / DIVERGED).read_text())
     assert result.checkpoint is not None  # every epoch left one

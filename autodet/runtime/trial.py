@@ -24,6 +24,7 @@ from autodet.runtime.weight_cache import shared_weights
 from autodet.search.candidate import Candidate
 from autodet.training import Epoch, Outcome, Task, Workbench
 from autodet.training.task import OnEpoch
+from autodet.working_copy import spare
 
 METRIC = "ap"
 ENVIRONMENT = "environment"  # an outcome's status where the machine failed, not the candidate
@@ -107,6 +108,8 @@ def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[st
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             outcome = {"status": "failed", "ap": None, "seed": seed, "cause": cause}
+        if outcome["status"] != ENVIRONMENT:
+            spare(Path(root).parent, Path(root) / name)
         tune.report({"id": config.get("id"), METRIC: outcome["ap"] or 0.0, "outcome": json.dumps(outcome)})
 
     return train_candidate

@@ -26,7 +26,7 @@ from autodet.records import Cost
 from autodet.teachers.elastic import Take, copies_of, member_spec, sliced
 from autodet.teachers.space import Member, PoolSpace, SpaceError
 from autodet.teachers.statistics import BATCH, IMAGES, measure_statistics, statistics_of
-from autodet.working_copy import fetch_missing
+from autodet.working_copy import fetch_changed
 
 FORMAT, VERSION = "autodet-pool", 1
 STATISTICS_FORMAT = 3  # of the way in which they are measured
@@ -142,7 +142,7 @@ def _put_statistics(detector: Detector, path: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a pool's folder says of itself; PoolError where it is no complete pool."""
     path = folder / MANIFEST
-    fetch_missing(path)
+    fetch_changed(path)
     if not path.exists():
         raise PoolError(f"{folder} is no complete pool: it has no {MANIFEST}. Train one by train_teacher_pool.py.")
     try:

@@ -183,7 +183,9 @@ def check(run: Path) -> list[Record]:
     unfinished = [(record.id, record.status, record.cause) for record in records if record.status != "completed"]
     assert not unfinished, f"candidates without a result: {unfinished}"
     place = place_of(run)
-    files = [key for key, _ in place.files()] if place else [str(path.relative_to(run)) for path in run.rglob("*")]
+    files = (
+        [found.name for found in place.files()] if place else [str(path.relative_to(run)) for path in run.rglob("*")]
+    )
     assert not [name for name in files if name.startswith("trials/")], "checkpoints of candidates that have ended"
     assert not [name for name in files if name.endswith(".tmp")] and "lease.json" not in files
     kept = {path.stem for path in (run / "weights").glob("*.safetensors")}

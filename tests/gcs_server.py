@@ -39,7 +39,7 @@ def gcs_server() -> Iterator[dict[str, str]]:
             else:
                 self.answer(404)
 
-        def do_DELETE(self) -> None:  # noqa: N802
+        def do_DELETE(self) -> None:
             self.answer(204 if objects.pop(self.path, None) else 404)
 
         do_HEAD = do_GET  # noqa: N815

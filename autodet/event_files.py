@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ VERSION = 1
 EVENTS = "events"
 EVENT_NAME = re.compile(r"\d{8}-(asked|reported|told)-\d{6,}\.json")
 READERS, CHUNK = 16, 64  # threads that read events, and the files of one turn
+_COLLECTING, _later = threading.Lock(), [0, 0]  # how many threads collect garbage later, and whether it was on before
 
 logger = logging.getLogger(__name__)
 
@@ -201,16 +203,18 @@ def _event_of(name: str, content: Any) -> Event:
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
     """Let Python not look for garbage where millions of objects are made to stay: it takes most of the time."""
-    was_enabled, were_frozen = gc.isenabled(), gc.get_freeze_count() > 0
-    gc.disable()
+    with _COLLECTING:
+        _later[0] += 1
+        if _later[0] == 1:
+            _later[1] = int(gc.isenabled())
+            gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # with the next line: makes all objects old, without the three rounds that this takes otherwise
-        if not were_frozen:
-            gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+        with _COLLECTING:
+            _later[0] -= 1
+            if _later[0] == 0 and _later[1]:
+                gc.enable()
 
 
 def set_aside(path: Path) -> None:

@@ -44,6 +44,9 @@ class Trial(NamedTuple):
     fails: bool
 
 
+MEASURED = Trial(0.05, 1, False)  # of a joint search's base, which is not trained
+
+
 @dataclass(frozen=True)
 class Times:
     """Heavy-tailed times of evaluations that follow from the seed and the candidate's number.
@@ -104,7 +107,7 @@ def simulate(driver: Driver, workers: int, times: Times, ap_of: Callable[[Ask], 
 
     while True:
         while len(running) < workers and isinstance(answer := driver.ask(), Ask):
-            trial = times.of(answer.id)
+            trial = MEASURED if answer.phase == "base" else times.of(answer.id)
             running[answer.id] = answer, clock, trial
             first = clock + trial.spent * (1 if trial.fails else 0.5)
             heapq.heappush(due, (first, next(numbers), answer.id, trial.fails))

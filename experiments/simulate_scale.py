@@ -3,22 +3,26 @@
 command:   python experiments/simulate_scale.py [--workers 10 100 1000 2000] [--candidates 100000] [--searchers …]
 hardware:  one core; nothing is trained: evaluations take made-up, heavy-tailed times on a virtual clock
 time:      about an hour with the defaults; minutes with --candidates 5000 --predicted 500
-expected:  at 1,000 workers at least 95 % of the oracle; `ask` below 10 ms at 100,000 candidates, about 0.1 s where the
-           inputs are combined by prediction; rebuilding a search from the ledger of 100,000 candidates below 30 s
+expected:  at 1,000 workers, with 100 evaluations each, at least 95 % of the oracle; `ask` below 10 ms at 100,000
+           candidates, about 0.1 s where the inputs are combined by prediction; rebuilding a search from the ledger of
+           100,000 candidates below 30 s
 
 Each searcher runs with each number of workers in a process of its own. Times are in evaluations: 1 is what one takes on
 average. Some of them fail, or lose their worker and begin again (`scale_simulation.Times`). What a child of the joint
-search costs is made up too: timing it, which the driver does, comes on top. Barriers show where candidates are few.
+search costs is made up too: timing it, which the driver does, comes on top. What workers wait for is the beginning, where
+little is known, and it takes the same time however long the run is: with few candidates a worker it is a large share.
 
 utilisation  share of the workers' time that went into evaluations until the last one started; the drain is left out
 oracle       when the same evaluations would have started the last of them had no worker ever waited for a decision
              (each, in the same order, on the first free worker), divided by when it did start
+waited       the difference: evaluations that each worker could have done meanwhile
 latency      processor ms of one answer of the search (1 % of them take longer than p99), among the last fifth of the
              candidates up to each length of the history
 driver       ms of a candidate: the search's answers, and recording its three events until the disk has them for sure
              (real candidates report every epoch); what this serves is workers, at 300 s an evaluation
 memory       of the search, and of session and ledger where there is one
-rebuilding   seconds until a search is as its ledger says: files read and checked, then replayed
+rebuilding   seconds until a search is as its ledger says: files, just written and so in memory, read and checked,
+             then replayed
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
+import os
 import pickle
 import resource
 import shutil
@@ -70,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     """Simulate every searcher with every number of workers; print, and write, what was measured."""
     options = parse(argv)
     options.output.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of the processes: one thread's time is all
     rows, latencies = [], []
     with tempfile.TemporaryDirectory(dir=options.output) as scratch:
         event_ms = durable_ms(Path(scratch) / "durable")
@@ -162,6 +168,7 @@ def measured(job: Job) -> tuple[dict[str, Any], pd.DataFrame]:
         "last_start": max(span.start for span in spans),
         "utilisation": utilisation(spans, job.workers),
         "oracle": beside_oracle(spans, job.workers),
+        "waited": max(span.start for span in spans) * (1 - beside_oracle(spans, job.workers)),
         "answers_ms": answers["ms"].sum() / len(spans),
         "memory_mb": grown,
         "state_mb": len(pickle.dumps(case.search)) / 1e6,
@@ -200,7 +207,7 @@ def memory_mb() -> float:
 def print_tables(table: pd.DataFrame, latency: pd.DataFrame) -> None:
     """Utilisation, latency, and what recovery takes."""
     for title, columns in (
-        ("Workers", ["candidates", "completed", "stopped", "failed", "last_start", "utilisation", "oracle"]),
+        ("Workers", ["candidates", "completed", "stopped", "failed", "last_start", "utilisation", "oracle", "waited"]),
         ("Driver", ["answers_ms", "event_ms", "driver_ms", "serves", "memory_mb", "state_mb"]),
         ("Rebuilding", ["events", "ledger_mb", "read_s", "replay_s", "rebuild_s", "rebuild_cpu_s"]),
     ):

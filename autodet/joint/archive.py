@@ -18,8 +18,12 @@ def remove_unneeded(folder: Path, search: JointSearch) -> list[str]:
 
 
 def remove_strays(folder: Path, search: JointSearch) -> list[str]:
-    """Also remove those of candidates that never ended, as a killed run leaves them; only while nothing runs."""
+    """Remove all that nothing needs, also of candidates that never ended, as a killed run leaves them.
+
+    Only while nothing runs.
+    """
     kept = search.needed()
+    search.take_unneeded()  # they go here, all at once: one by one each would be asked for in a store
     found = sorted(folder.glob("*.safetensors"))
     return [path.stem for path in found if path.stem not in kept and _removed(path)]
 

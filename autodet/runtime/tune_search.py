@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,7 +130,11 @@ def run_session(
         trial_name_creator=_trial_name,
         trial_dirname_creator=_trial_name,
     )
-    _tuner(task, folder, config, gpus_per_trial, SessionStopper(session)).fit()
+    gc.freeze()  # a long run's history is millions of objects, which the garbage collector would go through for seconds
+    try:
+        _tuner(task, folder, config, gpus_per_trial, SessionStopper(session)).fit()
+    finally:
+        gc.unfreeze()
     if session.broken is not None:
         raise session.broken
 

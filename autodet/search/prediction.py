@@ -32,7 +32,10 @@ PAIR = 0.45  # of two inputs together, beyond the sum
 LEVEL = 100.0  # of the mean: not known beforehand
 NOISE = 0.3  # of one training's result, between seeds
 LENGTH = 1.0  # weights that differ by this factor of e share exp(-1) of what equal weights share
-KNOWN = 600  # results that the model goes by where there are more (as in no preset): its work grows as their cube
+# The model's work grows as the cube of what it knows, so of a very long history (as of no preset) it knows the best
+# results and the latest. Children of the best are predicted as well as from all, fresh draws too well by about one
+# standard deviation. And where more candidates run than it allows for, some repeat what others will tell.
+KNOWN = 600  # results
 RUNNING = 250  # candidates, those asked last, whose results are allowed for before they come in
 PARENTS = 8  # best formulas known, from which children are drawn
 NORMAL = NormalDist()
@@ -120,17 +123,6 @@ class PredictedPhase:
         return expected_improvement(*model.predict(results, noise, model.wanted), best=max(results))
 
 
-def predict(
-    known: Sequence[Formula], results: Sequence[float], noise: Sequence[float], wanted: Sequence[Formula]
-) -> tuple[Array, Array]:
-    """Mean and standard deviation of the result of each wanted formula, given those of the known ones.
-
-    noise: variance of each known result, where the variance of all of them is 1.
-    """
-    model = Model(known, wanted)
-    return model.predict(results, noise, model.wanted)
-
-
 class Model:
     """What the results of formulas say of one another. The covariances of all are computed once."""
 
@@ -143,7 +135,10 @@ class Model:
         self._own = LEVEL + used * MOST + PAIR * used * (used - 1) / 2  # of each formula with itself
 
     def predict(self, results: Sequence[float], noise: Sequence[float], wanted: slice) -> tuple[Array, Array]:
-        """Mean and standard deviation of the wanted ones' results, given those of the first known ones."""
+        """Mean and standard deviation of the wanted ones' results, given those of the first known ones.
+
+        noise: variance of each known result, where the variance of all of them is 1.
+        """
         count = len(results)
         centre, spread = float(np.mean(results)), float(np.std(results)) or 1.0
         between, ours = self._covariance[wanted, :count], self._covariance[:count, :count]

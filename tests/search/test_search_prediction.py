@@ -38,7 +38,6 @@ from autodet.search.prediction import (
     WEIGHT,
     _encoded,
     expected_improvement,
-    predict,
 )
 
 BARE = Rules(controls=0, finalists=0, stop=None)
@@ -56,6 +55,13 @@ def covariance(first: Formula, second: Formula) -> float:
     """Of two formulas, written out."""
     parts = [sum(shared(a, b) for b in second.terms) for a in first.terms]
     return LEVEL + sum(parts) + PAIR * sum(x * y for x, y in itertools.combinations(parts, 2)) / MOST**2
+
+
+def predict(
+    known: Sequence[Formula], results: Sequence[float], noise: Sequence[float], wanted: Sequence[Formula]
+) -> tuple[prediction.Array, prediction.Array]:
+    model = prediction.Model(known, wanted)
+    return model.predict(results, noise, model.wanted)
 
 
 def test_predictions_are_those_of_the_conditioned_normal_distribution() -> None:

@@ -2,7 +2,7 @@
 
 command:   python cluster/fetch_data.py s3://bucket/coco /local/data
 
-The source is a folder in an object store (s3://, gs://, az://) or on a share; credentials are the machine's own (an
+The source is a folder in an object store (s3://, gs://) or on a share; credentials are the machine's own (an
 instance profile, a service account). The folder appears when it is complete; where it is already, nothing is done, so
 every start of a machine may run this. To replace the data, delete the folder, or name another one.
 """
@@ -24,7 +24,7 @@ THREADS = 32  # images are small: most of the time is waiting for the store's an
 def main(argv: list[str] | None = None) -> int:
     """Fetch, unless it is here; code 1 and one line where that is not possible."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", help="folder: s3://…, gs://…, az://… or a path")
+    parser.add_argument("source", help="folder: s3://…, gs://… or a path")
     parser.add_argument("folder", type=Path, help="where the data shall lie on this machine")
     options = parser.parse_args(argv)
     if options.folder.exists() and any(options.folder.iterdir()):

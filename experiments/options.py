@@ -177,7 +177,9 @@ def recorded(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
 def _plain(value: Any) -> Any:
     if not isinstance(value, Path):
         return value
-    return str(place_of(value) or value.resolve())
+    folder, colon, member = str(value).partition(":")  # of a pool
+    place = place_of(Path(folder))
+    return str(value.resolve()) if place is None else f"{place}{colon}{member}"
 
 
 def main_of(script: Callable[[list[str] | None], int]) -> int:

@@ -9,8 +9,9 @@ expected:  at 1,000 workers, with 100 evaluations each, at least 95 % of the ora
 
 Each searcher runs with each number of workers in a process of its own. Times are in evaluations: 1 is what one takes on
 average. Some of them fail, or lose their worker and begin again (`scale_simulation.Times`). What a child of the joint
-search costs is made up too: timing it, which the driver does, comes on top. What workers wait for is the beginning, where
-little is known, and it takes the same time however long the run is: with few candidates a worker it is a large share.
+search costs is made up too: timing it, which the driver does, comes on top. What workers wait for is the beginning,
+where little is known, and it takes the same time however long the run is: with few candidates a worker it is a large
+share.
 
 utilisation  share of the workers' time that went into evaluations until the last one started; the drain is left out
 oracle       when the same evaluations would have started the last of them had no worker ever waited for a decision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import ray
 import search_distiller
 import train_teacher_pool
 import upgrade_detector
-from options import main_of
+from options import main_of, recorded, source
 from s3_server import SETTINGS, free_port, make_bucket, s3_server
+from upgrading import pool_placement
 
 from autodet import object_store
 from autodet.ledger import Ledger
@@ -76,6 +78,7 @@ def said(capsys: pytest.CaptureFixture[str], script: object, *arguments: str) ->
         (upgrade_detector, ["--gpus-per-trial", "-1"], "above 0 and at most 1"),
         (search_distiller, ["--cpus-per-trial", "0"], "at least 1"),
         (search_distiller, ["--workers", "0"], "at least 1"),
+        (upgrade_detector, ["--or-resume", "--preset", "smoke"], "--or-resume needs --output RUN"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -110,6 +113,21 @@ def test_going_on_with_other_settings_is_refused(place: Path, capsys: pytest.Cap
         pass
     answer = said(capsys, search_distiller, "--or-resume", "--output", "run", "--preset", "cpu", "--seed", "1")
     assert "--preset cpu" in answer and "started with smoke" in answer
+
+
+def test_what_is_only_read_has_a_copy_of_its_own_also_with_a_member(place: Path) -> None:
+    url = "s3://bucket/runs/a/pool"
+    copy = place / "copies" / "read" / "s3/bucket/runs/a/pool"
+    assert source(url) == copy and str(source(f"{url}:basic-8:8x1@64")) == f"{copy}:basic-8:8x1@64"
+    options = argparse.Namespace(pool=source(url), teacher=source(f"{url}:basic-8:8x1@64"), run=Path("runs/a"))
+    expected = {"pool": url, "teacher": f"{url}:basic-8:8x1@64", "run": str(place / "runs" / "a")}
+    assert recorded(options, ("pool", "teacher", "run")) == expected
+
+
+def test_a_pools_workers_take_whole_gpus_and_as_many_as_there_are_on_a_cluster() -> None:
+    options = argparse.Namespace(workers=8, cpus_per_trial=4, gpus_per_trial=0.5, address="auto")
+    assert pool_placement(options) == ["--workers", "1-8", "--cpus-per-trial", "4"]
+    assert pool_placement(argparse.Namespace(**(vars(options) | {"address": "local"})))[:2] == ["--workers", "8"]
 
 
 @pytest.mark.parametrize(

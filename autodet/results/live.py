@@ -37,7 +37,7 @@ def live_text(run_dir: Path, records: Sequence[Record], now: float) -> str:
     running = [record for record in records if record.status == "running"]
     done = [record for record in records if record.status == "completed" and record.ap is not None]
     best = sorted(done, key=lambda record: (-(record.ap or 0.0), record.id))[:SHOWN]
-    lines = [f"{run_dir}   {_driver(run_dir, now)}", "", *_counts(records), "", "running now:"]
+    lines = [str(run_dir), _driver(run_dir, now), "", *_counts(records), "", "running now:"]
     lines += [_running_line(record, now) for record in running[-SHOWN:]] or ["  nothing"]
     lines += ["", "best so far:"]
     lines += [_line(record, f"AP {record.ap:.4f}{_cost(record)}") for record in best] or ["  nothing has completed yet"]

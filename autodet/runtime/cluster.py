@@ -91,7 +91,7 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     on_terminate = signal.getsignal(signal.SIGTERM)
-    where: dict[str, Any] = {"address": "auto"} if address == "auto" else {"num_cpus": cpus}
+    where: dict[str, Any] = {"address": "auto"} if address == "auto" else {"address": "local", "num_cpus": cpus}
     variables = {COPIED: os.environ[COPIED]} if COPIED in os.environ else {}
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:

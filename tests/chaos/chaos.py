@@ -36,7 +36,7 @@ from autodet.records import Record, records_from
 from autodet.results.lineage import front
 from autodet.teachers import PoolSpace
 from autodet.teachers.pool import save_pool
-from autodet.working_copy import ROOT, local_path
+from autodet.working_copy import ROOT, local_path, read_path
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SPACE = PoolSpace.parse("basic-=:8..16/8x1-16x1..2-16x1-16x1@64")
@@ -142,7 +142,7 @@ def one_round(kind: str, folder: Path, seed: int, faults: int, budget: int = 16,
         found = _one_round(kind, folder, local_path(output), commands(folder, output, budget)[kind], seed, faults)
         if store:
             os.environ |= {ROOT: str(folder / "elsewhere"), COPIED: "{}"}
-        return found | {"candidates": len(check(local_path(output)))}
+        return found | {"candidates": len(check(read_path(output)))}
 
 
 def _one_round(kind: str, folder: Path, run: Path, command: Sequence[str], seed: int, faults: int) -> dict[str, Any]:

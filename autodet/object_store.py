@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 COPIED = "AUTODET_COPIED"  # JSON: folder → its URL
@@ -119,15 +119,16 @@ class Place:
             elif self.version() is not None:
                 obstore.delete(_store(self.url), self.key)
 
-    def files(self) -> Iterator[Stored]:
-        """Every object below this folder."""
+    def files(self) -> list[Stored]:
+        """Every object below this folder, but for the empty ones by which some programs mark folders."""
         import obstore
 
         above = f"{self.key}/" if self.key else ""
         with _errors(self):
-            for batch in obstore.list(_store(self.url), prefix=self.key or None):
-                for meta in batch:
-                    yield Stored(str(meta["path"]).removeprefix(above), int(meta["size"]), meta["e_tag"])
+            metas = [meta for batch in obstore.list(_store(self.url), prefix=self.key or None) for meta in batch]
+        found = [Stored(str(meta["path"]).removeprefix(above), int(meta["size"]), meta["e_tag"]) for meta in metas]
+        folders = {""} | {str(parent) for each in found for parent in PurePosixPath(each.name).parents}
+        return [each for each in found if each.size or each.name not in folders]
 
 
 def is_url(text: str) -> bool:
@@ -150,6 +151,14 @@ def copies() -> dict[str, str]:
     """Folder → URL of all copies."""
     found: dict[str, str] = _parsed(os.environ.get(COPIED, "{}"))
     return dict(found)
+
+
+def copy_of(url: str) -> Path | None:
+    """Where a place is in a folder that is a copy already; None where it is in none."""
+    for folder, copied in copies().items():
+        if f"{url}/".startswith(f"{copied}/"):
+            return Path(folder + url[len(copied) :])
+    return None
 
 
 def place_of(path: Path) -> Place | None:

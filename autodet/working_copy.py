@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from autodet.atomic import is_final, note_of, write_here, write_note
-from autodet.object_store import Stored, declare_copy, is_url, place_of
+from autodet.object_store import Stored, copy_of, declare_copy, is_url, place_of
 
 ROOT = "AUTODET_COPIES"  # environment: where copies lie, the same path on all machines; default ~/.cache/autodet/copies
 READ = "read"  # below it: copies of those who only read
@@ -37,8 +37,9 @@ def local_path(text: str) -> Path:
     url = _url_of(text)
     if url is None:
         return Path(text)
-    path = _root() / url.replace("://", "/")
-    declare_copy(path, url)
+    path = copy_of(url) or _root() / url.replace("://", "/")
+    if place_of(path) is None:
+        declare_copy(path, url)
     fetch(path / SETTINGS)
     return path
 
@@ -46,17 +47,20 @@ def local_path(text: str) -> Path:
 def read_path(text: str, only: tuple[str, ...] = ("",)) -> Path:
     """A path as it is; of a URL of a folder or a file of weights, an up-to-date copy to read.
 
-    only: how the names begin that are wanted of a folder.
+    only: how the names begin that are wanted of a folder. What lies in a run that this process writes is read there.
     """
     url = _url_of(text)
     if url is None:
         return Path(text)
+    if (known := copy_of(url)) is not None and not known.is_relative_to(_root() / READ):
+        return known
     path = _root() / READ / url.replace("://", "/")
+    if place_of(path) is None:
+        is_file = path.suffix in FILES
+        declare_copy(path.parent if is_file else path, url.rpartition("/")[0] if is_file else url)
     if path.suffix in FILES:
-        declare_copy(path.parent, url.rpartition("/")[0])
         fetch_changed(path)
     else:
-        declare_copy(path, url)
         update(path, only)
     return path
 
@@ -88,7 +92,8 @@ def fetch(path: Path) -> None:
         return
     found = place.read()
     if found is None:
-        _remove_here(path)
+        if not path.is_dir():
+            _remove_here(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_here(path, found[0])

@@ -79,10 +79,10 @@ def place(text: str) -> Path:
 
 def source(text: str) -> Path:
     """What is only read: a path, or a copy of what a URL names, as an option's type. ``:MEMBER`` of a pool stays."""
-    scheme, _, rest = text.partition("://") if is_url(text) else ("", "", "")
-    url, colon, member = rest.partition(":")
+    scheme, slashes, rest = text.partition("://") if is_url(text) else ("", "", text)
+    named, colon, member = rest.partition(":")
     try:
-        return Path(f"{read_path(f'{scheme}://{url}')}{colon}{member}") if scheme else read_path(text)
+        return Path(f"{read_path(f'{scheme}{slashes}{named}')}{colon}{member}")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import threading
 import time
@@ -53,6 +54,16 @@ def other_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = local_path(url)
     update(folder)
     return folder
+
+
+def read_by_another_process(url: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reader's copy of the run, on this machine."""
+    ours = copies()
+    monkeypatch.setenv(COPIED, "{}")
+    other = read_path(url)
+    for folder, copied in ours.items():
+        declare_copy(Path(folder), copied)
+    return other
 
 
 def test_paths_are_paths_and_urls_are_copies(url: str, tmp_path: Path) -> None:
@@ -338,7 +349,7 @@ def test_nested_runs_bring_what_a_reader_needs_and_once(url: str, monkeypatch: p
     for name in (*names, "distiller/lease.json", "pool/weights.safetensors", "config.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(folder / name, name.encode())
-    other = read_path(url)
+    other = read_by_another_process(url, monkeypatch)
     found = {path.relative_to(other).as_posix() for path in other.rglob("[!.]*") if path.is_file()}
     assert found == {"distiller/events/0.json", "pool/weights.safetensors", "config.json"}
     read: list[str] = []
@@ -358,15 +369,36 @@ def test_nested_runs_bring_what_a_reader_needs_and_once(url: str, monkeypatch: p
     assert (other / "distiller/events/0.json").exists() and read == ["config.json"]
 
 
-def test_a_reader_does_not_disturb_the_driver_on_its_machine(url: str) -> None:
+def test_empty_objects_that_mark_folders_are_no_files(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ledger.create(local_path(url) / "teachers", {}).close()
+    connection = http.client.HTTPConnection(os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"))
+    for marker in ("/", "/teachers/", "/empty/"):
+        connection.request("PUT", f"/{url.removeprefix('s3://')}{marker}")
+        assert connection.getresponse().read() == b""
+    Place(url, "nothing.txt").write(b"")
+    other = other_machine(url, monkeypatch)
+    assert {found.name for found in Place(url, "").files()} == {"teachers/config.json", "nothing.txt", "empty"}
+    assert is_run(other / "teachers") and (other / "nothing.txt").read_bytes() == b""
+
+
+def test_a_reader_does_not_disturb_the_driver_on_its_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = local_path(url)
     (folder / "ray").mkdir(parents=True)
     for name in ("ray/state", ".event.json.tmp", "found.json"):
         (folder / name).write_bytes(b"about to be written")
-    other = read_path(url)
+    other = read_by_another_process(url, monkeypatch)
     assert other != folder and len([path for path in folder.rglob("*") if path.is_file()]) == 3
     update(folder)
     assert not (folder / "found.json").exists() and (folder / ".event.json.tmp").exists()
+
+
+def test_a_driver_reads_what_it_wrote_in_its_own_copy(url: str) -> None:
+    folder = local_path(url)
+    for name in (url, str(folder)):
+        assert read_path(f"{name}/base.safetensors") == folder / "base.safetensors"
+        assert local_path(f"{name}/distiller") == folder / "distiller"
+    assert copies() == {str(folder): url}
+    assert read_path(f"{url}-2/pool") != folder.with_name("a-2") / "pool"
 
 
 def test_the_path_of_a_copy_means_its_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

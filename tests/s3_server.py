@@ -9,8 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-SETTINGS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+from autodet.object_store import COPIED
+from autodet.working_copy import ROOT
+
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+
+
+def settings_of(address: str, copies: Path) -> dict[str, str]:
+    """Environment variables of a client that has no copies yet. copies: where they will lie."""
+    return KEYS | {"AWS_ENDPOINT_URL": address, ROOT: str(copies), COPIED: "{}"}
 
 
 def free_port() -> int:

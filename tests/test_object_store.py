@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from gcs_server import gcs_server
-from s3_server import SETTINGS, free_port, make_bucket, s3_server
+from s3_server import free_port, make_bucket, s3_server, settings_of
 
 from autodet import lease as lease_module
 from autodet import object_store
@@ -38,9 +38,8 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def url(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder in a bucket of its own; copies lie below tmp_path."""
-    for name, value in (SETTINGS | {"AWS_ENDPOINT_URL": server, ROOT: str(tmp_path / "copies")}).items():
+    for name, value in settings_of(server, tmp_path / "copies").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(COPIED, "{}")
     object_store._store.cache_clear()
     bucket = f"bucket-{next(NUMBERS)}"
     make_bucket(server, bucket)

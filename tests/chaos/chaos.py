@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from detector_cases import small_spec, stirred
 from ray.cluster_utils import Cluster
-from s3_server import SETTINGS, make_bucket, s3_server
+from s3_server import make_bucket, s3_server, settings_of
 
 from autodet.data import read_dataset, write_shapes
 from autodet.detectors import save_detector
@@ -121,10 +121,11 @@ def kill_one(pids: Callable[[], list[int]], what: str) -> Callable[[random.Rando
 @contextmanager
 def bucket(folder: Path) -> Iterator[str]:
     """The URL of a run in an S3-compatible store of this machine."""
-    before = {name: os.environ.get(name) for name in (*SETTINGS, "AWS_ENDPOINT_URL", ROOT, COPIED)}
     with s3_server() as address:
         make_bucket(address, "bucket")
-        os.environ |= SETTINGS | {"AWS_ENDPOINT_URL": address, ROOT: str(folder / "copies"), COPIED: "{}"}
+        settings = settings_of(address, folder / "copies")
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ |= settings
         try:
             yield "s3://bucket/run"
         finally:

@@ -12,16 +12,14 @@ import search_distiller
 import train_teacher_pool
 import upgrade_detector
 from options import main_of, recorded, source
-from s3_server import SETTINGS, free_port, make_bucket, s3_server
+from s3_server import free_port, make_bucket, s3_server, settings_of
 from upgrading import pool_placement
 
 from autodet import object_store
 from autodet.ledger import Ledger
-from autodet.object_store import COPIED
 from autodet.runtime import cluster
 from autodet.runtime.trial import check_version
 from autodet.search.session import MachineError
-from autodet.working_copy import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +32,8 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def place(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, from which an object store can be reached."""
-    for name, value in (SETTINGS | {"AWS_ENDPOINT_URL": server, ROOT: str(tmp_path / "copies")}).items():
+    for name, value in settings_of(server, tmp_path / "copies").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(COPIED, "{}")
     object_store._store.cache_clear()
     monkeypatch.chdir(tmp_path)
     return tmp_path

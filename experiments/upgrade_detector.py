@@ -54,7 +54,7 @@ from autodet.joint import Examiner, JointBench
 from autodet.ledger import Ledger
 from autodet.object_store import named
 from autodet.runtime.cluster import check_address, ray_running
-from autodet.search.joint import COSTS, TEACHERS
+from autodet.search.joint_settings import COSTS, TEACHERS
 from autodet.working_copy import fetch_changed
 
 RECORDED = (

@@ -18,6 +18,7 @@ from autodet.detectors import Arch, DetectorSpec, build, save_detector
 
 IMAGE_SIZE = (96, 64)  # width, height
 TRAIN_IMAGES, VAL_IMAGES = 8, 4
+pytest_plugins = ["store_fixtures"]
 OF_RAY = ("tests/experiments/", "tests/runtime/")
 
 

@@ -20,16 +20,8 @@ from autodet.search.evolution import Admit, Breeding, Evolution, Space, admit_al
 from autodet.search.fixed import FixedList
 from autodet.search.grid import Grid, GridInput
 from autodet.search.history import History, Standing
-from autodet.search.joint import (
-    Examine,
-    Examined,
-    JointSearch,
-    JointSettings,
-    Phase,
-    joint_phases,
-    pipeline_phases,
-    random_phases,
-)
+from autodet.search.joint import Examine, Examined, JointSearch
+from autodet.search.joint_settings import JointSettings, Phase, joint_phases, pipeline_phases, random_phases
 from autodet.search.prediction import Prediction
 from autodet.search.replay import Objective, rebuild, run_serial
 from autodet.search.session import Session

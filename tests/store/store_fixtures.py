@@ -1,0 +1,31 @@
+"""A server and a folder of its own on it, for tests of runs in an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+from s3_server import make_bucket, s3_server, settings_of
+
+from autodet import object_store
+
+NUMBERS = count()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def url(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder in a bucket of its own; copies lie below tmp_path."""
+    for name, value in settings_of(server, tmp_path / "copies").items():
+        monkeypatch.setenv(name, value)
+    object_store._store.cache_clear()
+    bucket = f"bucket-{next(NUMBERS)}"
+    make_bucket(server, bucket)
+    return f"s3://{bucket}/runs/a"

@@ -1,0 +1,34 @@
+"""Other machines, and other processes, as seen by the tests of one."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from autodet.object_store import COPIED, copies, declare_copy
+from autodet.working_copy import ROOT, local_path, read_path, update
+
+NUMBERS = count()
+ASKED = {"candidate": {"formula": "none", "inherit": False, "replicate": 0}, "phase": "divide", "group": "global"}
+
+
+def other_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run's copy on a machine that has never seen it, brought up to date."""
+    monkeypatch.setenv(ROOT, f"{os.environ[ROOT]}-{next(NUMBERS)}")
+    monkeypatch.setenv(COPIED, "{}")
+    folder = local_path(url)
+    update(folder)
+    return folder
+
+
+def read_by_another_process(url: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reader's copy of the run, on this machine."""
+    ours = copies()
+    monkeypatch.setenv(COPIED, "{}")
+    other = read_path(url)
+    for folder, copied in ours.items():
+        declare_copy(Path(folder), copied)
+    return other

@@ -30,6 +30,8 @@ from autodet.detectors.spec import COCO_LABELS
 from autodet.distill import Formula, why_incomparable
 from autodet.joint.examine import UserCost
 from autodet.ledger import is_run
+from autodet.morphism.labels import keep_labels
+from autodet.morphism.morph import Morph
 from autodet.morphism.settings import thaw_norms
 from autodet.object_store import named
 from autodet.teachers import Member, TeacherPool
@@ -77,7 +79,7 @@ class Stages:
 
 
 def given_base(options: argparse.Namespace, labels: Labels) -> Detector | None:
-    """The user's detector, checked before anything starts; None where one will be trained."""
+    """The user's detector for the data's categories, checked before anything starts; None where one will be trained."""
     if options.base is None:
         return None
     if options.data is None:
@@ -91,6 +93,8 @@ def given_base(options: argparse.Namespace, labels: Labels) -> Detector | None:
                 "Fine-tune it on the data first: train_detector.py, or your own training; where names alone differ, "
                 "call the data's categories as the base does."
             )
+    if detector.spec.labels != tuple(labels):
+        detector = morphed(detector, keep_labels(detector.spec, detector.model.state_dict(), labels))
     return thawed(detector)
 
 
@@ -132,12 +136,15 @@ def thawed(detector: Detector) -> Detector:
     """The same detections from norms that can learn, where they were frozen."""
     if detector.spec.norm != "frozen":
         return detector
-    weights = detector.model.state_dict()
-    morph = thaw_norms(detector.spec, weights, Random(0))
-    converted = build(morph.spec)
-    converted.model.load_state_dict(morph.weights(weights))
-    converted.model.eval()
-    return converted
+    return morphed(detector, thaw_norms(detector.spec, detector.model.state_dict(), Random(0)))
+
+
+def morphed(detector: Detector, morph: Morph) -> Detector:
+    """What becomes of a detector, in evaluation mode."""
+    child = build(morph.spec)
+    child.model.load_state_dict(morph.weights(detector.model.state_dict()))
+    child.model.eval()
+    return child
 
 
 def pool_identity(named: Path | None, labels: Labels, founders: int) -> dict[str, str]:

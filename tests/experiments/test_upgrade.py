@@ -194,8 +194,12 @@ def test_a_base_needs_the_data_that_it_is_for(tmp_path: Path, tiny_spec: Detecto
 def test_cocos_names_must_fit_its_raw_ids(tmp_path: Path, tiny_spec: DetectorSpec) -> None:
     save_detector(tmp_path / "coco.safetensors", stirred(tiny_spec.with_labels(COCO_LABELS)))
     options = upgrade_detector.parse(["--base", str(tmp_path / "coco.safetensors"), "--data", str(tmp_path)])
-    detector = given_base(options, [(1, "Person"), (3, "car"), (90, "toothbrush")])
-    assert detector is not None and detector.spec.labels == COCO_LABELS
+    data = [(90, "toothbrush"), (1, "Person"), (3, "car")]
+    detector = given_base(options, data)
+    assert detector is not None and detector.spec.labels == tuple(data)
+    known = load_detector(tmp_path / "coco.safetensors")[0].model.state_dict()
+    scores = detector.model.state_dict()["roi_heads.box_predictor.cls_score.weight"]
+    assert torch.equal(scores, known["roi_heads.box_predictor.cls_score.weight"][[0, 90, 1, 3]])
     with pytest.raises(ValueError, match=r"the data has \(2, 'WBC'\)"):
         given_base(options, [(1, "person"), (2, "WBC")])
 

@@ -117,7 +117,9 @@ def report_of(run: Path, output: Path, baseline: str | None) -> Path:
     final = run / "final.json"
     found = json.loads(final.read_text()) if final.exists() else {"rows": [], "derived": None, "target": None}
     usage, marks = found.get("usage", ()), {name: (x, y) for name, (x, y) in found.get("marks", {}).items()}
-    return write_joint_report(run, found["derived"], found["rows"], found["target"], output, usage, marks)
+    return write_joint_report(
+        run, found["derived"], found["rows"], found["target"], output, usage, marks, found.get("split")
+    )
 
 
 def separate(runs: list[Path]) -> list[Path]:

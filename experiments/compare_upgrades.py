@@ -6,6 +6,9 @@ time:      arms times seeds times budget of a child's training; with preset cpu 
 expected:  a row an arm: best AP on val within the target, AP on test and latency of what is handed back, the front's
            hypervolume; differences to the first arm, paired by seed, with 95 % intervals
 
+A child whose weights its actions keep is trained gently, at a fifth of the learning rate, since more only unsettles
+them: that is every child of no-op, and those of the pipeline's distillation.
+
 Every run is one of upgrade_detector.py in a folder of its own, ARM-SEED, with a report of its own. Base, pool and
 formula are given, so that arms differ in nothing but the search. Stop and go on with --resume FOLDER; a finished
 comparison can be resumed with more arms and seeds.

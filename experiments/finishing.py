@@ -19,7 +19,7 @@ from autodet.joint import Examiner, JointBench, JointTask
 from autodet.morphism.settings import with_settings_of
 from autodet.pareto import Point
 from autodet.records import Metrics, RelativeCost
-from autodet.results.joint_report import write_joint_report
+from autodet.results.joint_report import of_split, write_joint_report
 from autodet.search import JointSearch
 from autodet.teachers.statistics import measure_statistics
 from autodet.working_copy import fetch_changed
@@ -33,7 +33,7 @@ CHECKED, ODD = 8, 2  # images on which the ONNX file is checked, of which some m
 def finish(
     folder: Path, search: JointSearch, task: JointTask, examiner: Examiner, base_epochs: int | None = None
 ) -> None:
-    """Keep the best detector within the limits, or, where there is none, the best of all; measure, draw, print.
+    """Keep the best detector within the limits, or, where there is none, what comes closest; measure, draw, print.
 
     base_epochs: that the base was trained here, None where it was given.
     """
@@ -56,12 +56,12 @@ def finish(
     rows = table(detectors, bench, costs, epochs_of(search, chosen.id, base_epochs), seconds)
     save_detections(folder, replace(task.task, teacher=None), {"base": folder / BASE, "derived": folder / DERIVED})
     target = search.settings.limits.get("latency_ratio")
-    lines = [*usage(folder), _export(derived, bench, folder / ONNX)]
-    found = {"derived": chosen.id, "target": target, "rows": rows, "split": task.task.split, "usage": lines}
-    atomic_write_json(folder / TABLE, found | {"marks": marks, "seconds": seconds})
-    report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks)
+    lines, split = [*doubts(rows), *usage(folder), _export(derived, bench, folder / ONNX)], task.task.split
+    found = {"derived": chosen.id, "target": target, "met": search.within(cost), "rows": rows, "split": split}
+    atomic_write_json(folder / TABLE, found | {"usage": lines, "marks": marks, "seconds": seconds})
+    report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks, split=split)
     shown = pd.DataFrame(rows).astype(object)
-    print(f"\nOn the {task.task.split} split:\n{shown.where(shown.notna(), '–').to_string(index=False)}")
+    print(f"\n{of_split(split)}\n{shown.where(shown.notna(), '–').to_string(index=False)}")
     print("\n" + "\n".join(lines) + f"\n\nReport: {report}")
 
 
@@ -84,9 +84,31 @@ def chosen_of(search: JointSearch, task: JointTask, examiner: Examiner) -> tuple
                 return point, cost
             now = f"{cost.latency_ratio:.1%} of the base's latency, {cost.macs_g:.3g} GMACs, {cost.params_m:.3g} M"
             print(f"Candidate {point.id} (AP {point.ap:.3f}) is beyond the limits now that it is trained: {now}.")
-    print(f"\nNo candidate is within the limits {dict(search.settings.limits)}: the most accurate is kept.")
-    best = max(search.front(), key=lambda point: point.ap)
+    print(f"\nNo candidate is within the limits {dict(search.settings.limits)}: what comes closest is kept.")
+    best = min(search.front(), key=lambda point: (excess(search, point), -point.ap))
     return best, examiner.cost(load_detector(task.weights_file(search.weights[best.id]))[0], PRECISION, ROUNDS)
+
+
+def excess(search: JointSearch, point: Point) -> float:
+    """How far a candidate is beyond the limits: its cost as a multiple of the limit that it misses most, at least 1.
+
+    The base misses a latency limit by less than anything slower does.
+    """
+    cost = search.student(point.id).cost
+    return max(1.0, *(float(getattr(cost, name)) / limit for name, limit in search.settings.limits.items()))
+
+
+def doubts(rows: list[dict[str, Any]]) -> list[str]:
+    """What a user should know before the derived detector replaces the base: it may have been chosen by luck."""
+    base, derived = rows[0]["AP"] or 0.0, rows[-1]["AP"] or 0.0
+    if derived >= base:
+        return []
+    return [
+        f"On these images the derived detector is less accurate than the base (AP {derived} against {base}): "
+        "a limit too strict to be met without a loss, or luck on the images that it was chosen by. More children "
+        "(--resume with a larger --budget), or a larger val split, may help.",
+        "",
+    ]
 
 
 def with_settings(base: Detector, spec: DetectorSpec, bench: JointBench) -> Detector:

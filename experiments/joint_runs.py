@@ -14,6 +14,7 @@ from typing import Any
 
 from joint_presets import JointPreset
 from presets import Preset
+from runs import processor
 
 from autodet.atomic import atomic_write_bytes
 from autodet.detectors import DetectorSpec, load_detector, save_detector
@@ -187,6 +188,17 @@ def recorded_base_ms(ledger: Ledger) -> float | None:
     """What the base took when the search began, so that a target in milliseconds means the same in every sitting."""
     base = next((record.student for record in records_from(ledger.events()) if record.student is not None), None)
     return None if base is None else float(base["cost"]["latency_ms"])
+
+
+def warn_of_another_machine(ledger: Ledger) -> None:
+    """Say so where a run goes on on a machine of another kind than the one that its candidates were timed on."""
+    before, now = ledger.about["about"].get("processor"), processor()
+    if before is not None and before != now:
+        logging.warning(
+            "Latencies of this run were measured on %s, those to come will be on %s: as shares of the base's they need "
+            "not agree, and a target in ms means the former. Go on where it began, or start anew here.",
+            *(before, now),
+        )
 
 
 def run_search(ledger: Ledger, search: JointSearch, task: JointTask, folder: Path, preset: Preset) -> bool:

@@ -32,7 +32,8 @@ def save_detections(run: Path, task: Task, files: Mapping[str, Path]) -> None:
     """pictures/detections.png of a run: ground truth and detector files on the first images of the split."""
     bench = Workbench(replace(task, teacher=None))
     detectors = {name: load_detector(path)[0] for name, path in files.items()}
-    batch = bench.eval_loader.load(BatchKey(tuple(range(min(IMAGES, len(bench.eval_set)))), (False,) * IMAGES))
+    shown = range(min(IMAGES, len(bench.eval_set)))
+    batch = bench.eval_loader.load(BatchKey(tuple(shown), (False,) * len(shown)))
     rows = [_row(batch, index, detectors) for index in range(len(batch.images))]
     names = {label: name for label, (_, name) in enumerate(task.student.labels, start=1)}
     folder = run / "pictures"

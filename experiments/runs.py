@@ -29,13 +29,23 @@ from autodet.search import Ask, Best, Candidate, FixedList, Session
 from autodet.teachers.task import PoolTask
 from autodet.training import Task, train_plain
 
+CPU_FACTS = Path("/proc/cpuinfo")
+
 
 def start_or_resume(folder: Path, config: Mapping[str, Any], extendable: Sequence[str] = ()) -> Ledger:
     """The ledger of a run, opened for writing."""
     if (folder / "config.json").exists():
         return Ledger.resume(folder, config, extendable)
     facts = {"command": sys.argv, "autodet": autodet.__version__, "torch": torch.__version__, "host": platform.node()}
-    return Ledger.create(folder, config, facts)
+    return Ledger.create(folder, config, facts | {"processor": processor()})
+
+
+def processor() -> str:
+    """The model of this machine's CPU, and of its GPU."""
+    lines = CPU_FACTS.read_text().splitlines() if CPU_FACTS.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpus = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([*models[:1], *gpus]) or platform.machine()
 
 
 def data_folder(options: argparse.Namespace, preset: Preset) -> Path:

@@ -51,8 +51,8 @@ from autodet.teachers.task import PoolBench, PoolTask
 from autodet.training import Task
 
 RECORDED = (
-    *("preset", "family", "data", "cache", "space", "schedule", "formula", "parts", "check_every", "members"),
-    *("seed", "cpus_per_trial"),
+    *("preset", "family", "data", "cache", "space", "max_size", "schedule", "formula"),
+    *("parts", "check_every", "members", "seed", "cpus_per_trial"),
 )
 EXTENDABLE = ("workers", "gpus_per_trial")
 
@@ -101,6 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     placement_options(parser)
     add = parser.add_argument
     add("--space", help="of members, as a PoolSpace's text (default: the preset's)")
+    add("--max-size", type=positive, metavar="PIXELS", help="longer side of the largest images (default: the preset's)")
     add("--schedule", help="as a Schedule's text (default: the preset's, progressive shrinking)")
     add("--formula", help="what the largest member teaches the others, with plain weights (default: the preset's)")
     add("--parts", type=positive, default=1, help="parts of a batch that a member is trained on (default: 1)")
@@ -142,6 +143,7 @@ def pool_task(options: argparse.Namespace, preset: PoolPreset) -> PoolTask:
     schedule = Schedule.parse(options.schedule) if options.schedule else preset.schedule
     formula = Formula.parse(options.formula) if options.formula else preset.formula
     spec = preset.detector.at_size(space.largest.size).with_labels(checked_labels(data))
+    spec = replace(spec, max_size=options.max_size or spec.max_size)
     task = Task(
         data=str(data),
         cache=str(options.cache.resolve()),

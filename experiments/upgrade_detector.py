@@ -20,7 +20,16 @@ from pathlib import Path
 import torch
 from finishing import finish
 from joint_presets import joint_preset_of
-from joint_runs import SEARCHES, joint_task, keep_base, limits, make_search, recorded_base_ms, run_search
+from joint_runs import (
+    SEARCHES,
+    joint_task,
+    keep_base,
+    limits,
+    make_search,
+    recorded_base_ms,
+    run_search,
+    warn_of_another_machine,
+)
 from options import (
     INTERRUPTED,
     absolute,
@@ -81,10 +90,12 @@ def main(argv: list[str] | None = None) -> int:
         "script": "upgrade_detector",
         "options": recorded(options, (*RECORDED, *EXTENDABLE)),
         "child": preset.child.to_json(),
-        **pool_identity(options.pool, labels, options.founders),
+        **pool_identity(options.pool, labels, options.founders, data),
     }
     with start_or_resume(folder, config, [f"options.{name}" for name in EXTENDABLE]) as ledger:
         stages = Stages(folder)
+        if milliseconds is None:
+            warn_of_another_machine(ledger)
         with ray_running(options.address, cpus=preset.preset.workers * preset.preset.threads):
             base = base_stage(options, preset, given, data, labels, folder, stages)
             pool = None if options.teachers == "none" else pool_stage(options, preset, base, data, folder, stages)
@@ -119,7 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--latency-target",
         help="share of the base's latency as 0.6, or milliseconds as 12ms: the most accurate detector within it is"
-        " handed back (default: none, and the fastest one that is as accurate as the base)",
+        " handed back (default: none, and the fastest one that is as accurate on val as the base)",
     )
     add(
         "--limit",

@@ -25,7 +25,16 @@ from runs import all_threads, read_search, say_epoch
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from autodet.atomic import atomic_write_json
-from autodet.detectors import Detector, DetectorSpec, build, load_any_detector, load_detector, save_detector
+from autodet.data import read_dataset
+from autodet.detectors import (
+    Detector,
+    DetectorSpec,
+    build,
+    is_detector_file,
+    load_any_detector,
+    load_detector,
+    save_detector,
+)
 from autodet.detectors.spec import COCO_LABELS
 from autodet.distill import Formula, why_incomparable
 from autodet.joint.examine import UserCost
@@ -36,13 +45,14 @@ from autodet.morphism.settings import thaw_norms
 from autodet.object_store import named
 from autodet.teachers import Member, TeacherPool
 from autodet.teachers.pool import MANIFEST, MEMBERS, PoolError, read_manifest, read_members
-from autodet.training import Task, train_plain
+from autodet.training import Task, Workbench, train_plain
 from autodet.working_copy import move, read_path
 
 BASE = "base.safetensors"
 STAGES = "stages.json"
 COCO_NAMES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by COCO's raw ids
 TICK = 5.0  # seconds; of a killed sitting no more are lost
+HARDLY = 0.01  # AP of a base that is probably not read as it was trained
 LONGEST_NAME = 200  # characters; a formula may have more than a file's name can
 Labels = Sequence[tuple[int, str]]
 
@@ -84,6 +94,8 @@ def given_base(options: argparse.Namespace, labels: Labels) -> Detector | None:
         return None
     if options.data is None:
         raise ValueError(f"--base {options.base} without --data: name the folder of the images that it is for.")
+    if options.base_size is not None and is_detector_file(options.base):
+        raise ValueError(f"--base-size {options.base_size}: --base {options.base} says its size itself, leave it out.")
     detector = load_any_detector(options.base, labels, options.base_size)
     known = {id: COCO_NAMES[id] if (id, name) in COCO_LABELS else name for id, name in detector.spec.labels}
     for id, name in labels:
@@ -111,13 +123,10 @@ def base_stage(
     path = folder / BASE
     if path.exists():
         return path
-    if given is not None:
-        save_detector(path, given, {"source": str(options.base)})
-        return path
     task = Task(
         data=str(data),
         cache=str(options.cache.resolve()),
-        student=preset.preset.teacher.with_labels(labels),
+        student=preset.preset.teacher.with_labels(labels) if given is None else given.spec,
         settings=preset.preset.teaching,
         fixed_batches=False,
         weights=str((folder / "base").resolve()),
@@ -125,11 +134,31 @@ def base_stage(
         device=preset.preset.device,
         threads=all_threads(preset.preset),
     )
+    if given is not None:
+        with stages.timed("base"):
+            say_accuracy(given, task)
+        save_detector(path, given, {"source": str(options.base)})
+        return path
     with stages.timed("base"):
         move(train_plain(task, folder / "base", say_epoch("base")), path)
         if task.device == "cuda":
             torch.cuda.empty_cache()  # of which pool and trials need a share
     return path
+
+
+def say_accuracy(given: Detector, task: Task) -> None:
+    """What a given base reaches on this data, before hours are spent on it."""
+    given.model.to(task.device)
+    ap = Workbench(task).measure(given).ap or 0.0
+    given.model.to("cpu")
+    logging.info("AP %.3f on %s", ap, task.split)
+    if ap < HARDLY:
+        logging.warning(
+            "The base finds hardly anything here. If it should: was it trained at --base-size %d, with labels in the "
+            "order of the data's category ids, and with torchvision's own anchors? A model that was built otherwise "
+            "becomes a file with all of that by autodet.adapt and save_detector.",
+            given.spec.min_size,
+        )
 
 
 def thawed(detector: Detector) -> Detector:
@@ -147,7 +176,7 @@ def morphed(detector: Detector, morph: Morph) -> Detector:
     return child
 
 
-def pool_identity(named: Path | None, labels: Labels, founders: int) -> dict[str, str]:
+def pool_identity(named: Path | None, labels: Labels, founders: int, data: Path) -> dict[str, str]:
     """What pins a given pool, checked before anything starts; nothing where one will be trained."""
     if named is None:
         return {}
@@ -157,6 +186,13 @@ def pool_identity(named: Path | None, labels: Labels, founders: int) -> dict[str
     theirs = [tuple(label) for label in manifest["spec"]["labels"]]
     if theirs != list(labels):
         raise PoolError(f"--pool {named} knows the labels {theirs[:5]}, the data has {list(labels)[:5]}.")
+    seen = manifest.get("notes", {}).get("data")
+    if founders and seen is not None and seen != read_dataset(data)["train"].annotations_hash:
+        logging.warning(
+            "--pool %s was trained on other images than this data's train split. If images of val or test are among "
+            "them, its members look better than they are: give --founders 0, or train a pool on this split.",
+            named,
+        )
     return {"pool": str(manifest["weights"])}
 
 
@@ -185,6 +221,7 @@ def pool_arguments(options: argparse.Namespace, preset: JointPreset, base: Path,
     found = ["--preset", options.preset, "--family", spec.family, "--data", str(data), "--cache", str(options.cache)]
     found += ["--seed", str(options.seed), "--output", str(run), "--address", options.address, *placement]
     found += ["--space", str(space), "--members", str(preset.members)]
+    found += ["--max-size", str(spec.at_size(space.largest.size).max_size)]
     return found if preset.schedule is None else [*found, "--schedule", preset.schedule]
 
 
@@ -216,6 +253,7 @@ def formula_stage(
     if not (run / "found.json").exists():
         with stages.timed("distillation formula"):
             spec = load_detector(base)[0].spec
+            inputs = searched_inputs(preset, spec, TeacherPool.open(pool).spec_of(largest_for(spec, pool)))
             arguments = ["--resume", str(run), "--address", options.address]
             if not is_run(run):
                 arguments = ["--preset", options.preset, "--family", spec.family, "--data", str(data)]
@@ -224,7 +262,7 @@ def formula_stage(
                 arguments += ["--start", str(base)]
                 arguments += ["--no-inherit", "--proxy-epochs", str(preset.child.epochs)]
                 arguments += ["--proxy-rate", str(preset.child.lr), "--fraction", str(preset.fraction)]
-                arguments += ["--inputs", *preset.inputs_of(spec.family), "--budget-per-input", str(preset.per_input)]
+                arguments += ["--inputs", *inputs, "--budget-per-input", str(preset.per_input)]
                 arguments += ["--weights-budget", str(preset.weights), "--no-students"]
                 arguments += ["--normalise" if options.normalise else "--no-normalise"]
             _checked(search_distiller.main([*arguments, *placement_arguments(options)]), folder)
@@ -236,6 +274,15 @@ def formula_stage(
         )
         return Formula(())
     return Formula.parse(found["formula"])
+
+
+def searched_inputs(preset: JointPreset, base: DetectorSpec, teacher: DetectorSpec) -> list[str]:
+    """The preset's knowledge inputs that the base can be compared on with a teacher; ValueError where there is none."""
+    reasons = {name: why_incomparable(name, base, teacher) for name in preset.inputs_of(base.family)}
+    found = [name for name, reason in reasons.items() if reason is None]
+    if not found:
+        raise ValueError(f"No formula can be searched for the base and the pool: {reasons}. Name one by --formula.")
+    return found
 
 
 def largest_for(base: DetectorSpec, pool: Path) -> Member:

@@ -1,6 +1,6 @@
 """COCO-format data: read and checked, decoded once into a shared cache, dealt in reproducible batches."""
 
-from autodet.data.cache import ImageCache
+from autodet.data.cache import ImageCache, read_resized
 from autodet.data.checks import DatasetError
 from autodet.data.coco import Category, CocoDataset, ImageRecord, label_of, read_dataset
 from autodet.data.loader import Batch, BatchKey, BatchPlan, Loader
@@ -18,5 +18,6 @@ __all__ = [
     "Loader",
     "label_of",
     "read_dataset",
+    "read_resized",
     "write_shapes",
 ]

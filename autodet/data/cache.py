@@ -146,12 +146,23 @@ def _write_image(file: int, record: ImageRecord, size: tuple[int, int], offset: 
     if image.size != (record.width, record.height):
         what = f"image {record.id}: {record.width}×{record.height}, file {image.width}×{image.height}"
         return record.path, "size differs from the file", what
-    resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)  # antialiased, unlike torchvision's
-    pixels: npt.NDArray[np.uint8] = np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    pixels = _resized(image, size)
     written = os.pwrite(file, pixels.tobytes(), offset)
     if written != pixels.nbytes:
         raise OSError(f"expected to write {pixels.nbytes} bytes of the image cache, wrote {written}: is the disk full?")
     return None
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """3×H×W; size: height, width. Antialiased, unlike torchvision's."""
+    resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def read_resized(path: Path, min_size: int, max_size: int) -> Tensor:
+    """One image, uint8 3×H×W, as a cache of these sizes holds it. Raises one of IMAGE_ERRORS as ``decode`` does."""
+    image = decode(path)
+    return torch.from_numpy(_resized(image, resized_size(image.height, image.width, min_size, max_size)))
 
 
 def file_hashes(paths: Sequence[Path], directory: Path) -> list[str]:

@@ -117,7 +117,10 @@ def _frozen_eps(spec: DetectorSpec) -> float:
 def _two_stage(state: State, width: int) -> tuple[int, dict[str, Any]]:
     """Classes besides background, and the fields of a Faster R-CNN's heads."""
     if "roi_heads.box_head.fc6.weight" not in state:
-        raise SpecError(f"expected a box head of two layers (roi_heads.box_head.fc6), found another one; {ADAPT}.")
+        raise SpecError(
+            "expected a box head of two layers (roi_heads.box_head.fc6), found another one, as that of "
+            "fasterrcnn_resnet50_fpn_v2: there is no adapter for it."
+        )
     anchors = _sizes(state, "rpn.head.bbox_pred.weight", 4)[0] // 4
     head_width, inputs = _sizes(state, "roi_heads.box_head.fc6.weight", 2)
     return _sizes(state, "roi_heads.box_predictor.cls_score.weight", 2)[0] - 1, {

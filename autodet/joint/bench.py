@@ -14,7 +14,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from autodet.data import BatchKey, Loader
+from autodet.data import read_resized
 from autodet.detectors import Detector, DetectorSpec, build, load_detector
 from autodet.detectors.weights import WeightsError, load_weights, metadata_of
 from autodet.distill.formula import Formula
@@ -32,6 +32,7 @@ from autodet.training.task import OnEpoch, Pace
 
 Fetch = Callable[[str, Path], Take]  # a hash and the file that has it → copies of its tensors
 TEACHERS_AT_HAND = 4
+TIMED = 4  # images; one alone may have an odd shape, or next to nothing on it
 GENTLE = 0.2  # of the recipe's learning rate, for a child that keeps all weights: more only unsettles them [ours]
 LOCKS = Path("/tmp")  # of every process of a machine, whatever its own folder for temporary files is
 
@@ -149,10 +150,16 @@ class JointBench:
             self._benches[key] = Workbench(task, self._pace)
         return self._benches[key]
 
-    def image(self, spec: DetectorSpec) -> list[Tensor]:
-        """One image to time a detector on, on its device: the first of the split, at the detector's size."""
-        loader: Loader = self.bench(spec).eval_loader
-        return [image.to(self.task.task.device) for image in loader.load(BatchKey((0,), (False,))).images]
+    def images(self, spec: DetectorSpec) -> list[Tensor]:
+        """Images to time a detector on, on its device: a few of the split, at the detector's size.
+
+        They are read from their files: what a child of another image size costs is asked more often than such a child
+        is trained, and decoding all images of a data set at that size takes long, and room on the disk.
+        """
+        every = self.bench(self.task.task.student).eval_set.images
+        chosen = every[:: max(1, len(every) // TIMED)][:TIMED]
+        found = [read_resized(image.path, spec.min_size, spec.max_size) for image in chosen]
+        return [image.to(self.task.task.device).to(torch.float32) / 255 for image in found]
 
     def _measured(self, student: Student, bench: Workbench) -> Outcome:
         started = time.perf_counter()

@@ -60,13 +60,14 @@ def write_joint_report(
     output: Path | None = None,
     notes: Sequence[str] = (),
     marks: Mapping[str, tuple[float, float]] | None = None,
+    split: str | None = None,
 ) -> Path:
     """Write report.html and pictures/ of a joint search, also a running one, to `output` or its folder; the page.
 
     derived: number of the candidate that is handed over, None while there is none. table: rows with the same keys,
     None for what is unknown, shown as they are. target: a latency ratio; notes: lines that tell how the detector is
     used; marks: name → (the front's cost, AP of 0–1 on the search's split) of other detectors in its picture.
-    Raises LedgerError when it is no run, ValueError when it has no candidate `derived`.
+    split: what the table is of. Raises LedgerError when it is no run, ValueError when it has no candidate `derived`.
     """
     ledger = Ledger.open(run_dir)
     records = records_from(ledger.events())
@@ -83,7 +84,7 @@ def write_joint_report(
     sections = [
         f"<h1>{page.escape(title)}</h1>",
         page.paragraph(state(Path(run_dir), frame), quiet=True),
-        _result(table, derived),
+        _result(table, derived, split),
         page.section("How to use it", page.preformatted("\n".join(notes)) if notes else ""),
         page.section("Front", _summary(records, derived), _picture(drawn, "front.png")),
         page.section("Architecture before and after", _picture(drawn, "architectures.png")),
@@ -143,9 +144,16 @@ def _picture(drawn: Mapping[str, bytes], name: str) -> str:
     return page.picture(drawn[name], CAPTIONS[name]) if name in drawn else ""
 
 
-def _result(table: Sequence[Mapping[str, object]], derived: int | None) -> str:
+def _result(table: Sequence[Mapping[str, object]], derived: int | None, split: str | None) -> str:
     none = page.paragraph("No detector has been derived yet.") if derived is None else ""
-    return page.section("Result", none, result_table(table))
+    said = page.paragraph(of_split(split)) if split is not None else ""
+    return page.section("Result", none, said, result_table(table))
+
+
+def of_split(split: str) -> str:
+    """Which images a table of results is of, and what follows from that."""
+    chosen = ", which the choice was made on: what is best there is so by luck in part" if split == "val" else ""
+    return f"On the {split} split{chosen}:"
 
 
 def result_table(rows: Sequence[Mapping[str, object]]) -> str:

@@ -104,14 +104,14 @@ class Session:
             self.best_ap = max(told["ap"], self.best_ap or 0.0)
 
     def guarded(self, step: Callable[[], T], instead: T) -> T:
-        """A step's answer; ``instead`` where the ledger cannot be written, now or before, which ``broken`` then holds.
+        """A step's answer; ``instead`` where ledger or machine fail, now or before, which ``broken`` then holds.
 
         For drivers that would swallow the error, or take it for the candidate's and train it again.
         """
         if self.broken is None:
             try:
                 return step()
-            except (LedgerError, LeaseLost, OSError) as error:
+            except (LedgerError, LeaseLost, MachineError, OSError) as error:
                 self.broken = error
         return instead
 

@@ -15,25 +15,39 @@ import measure_inheritance
 import pandas as pd
 import pytest
 import torch
+import train_teacher_pool
 import upgrade_detector
 from detector_cases import small_spec, stirred
+from finishing import doubts, excess
 from joint_presets import joint_preset_of
-from joint_runs import PHASES, SEARCHES, joint_task, limits, locks_name
+from joint_runs import PHASES, SEARCHES, joint_task, limits, locks_name, warn_of_another_machine
 from options import main_of
-from upgrading import Stages, given_base, usable_formula
+from pool_presets import pool_preset_of
+from runs import processor, start_or_resume
+from upgrading import (
+    Stages,
+    given_base,
+    pool_arguments,
+    pool_identity,
+    say_accuracy,
+    searched_inputs,
+    usable_formula,
+)
 
-from autodet.data import write_shapes
-from autodet.detectors import DetectorSpec, detect, load_detector, save_detector
+from autodet.data import read_dataset, write_shapes
+from autodet.detectors import DetectorSpec, build, detect, load_detector, save_detector
 from autodet.detectors.spec import COCO_LABELS
 from autodet.detectors.weights import weights_hash
 from autodet.distill import Formula
 from autodet.joint import JointBench
 from autodet.joint.bench import LOCKS
 from autodet.ledger import Ledger
-from autodet.records import Cost, records_from
+from autodet.records import Cost, RelativeCost, records_from
 from autodet.results.lineage import front, lineage
+from autodet.search import Ask, JointSearch, JointSettings, Student, joint_phases
 from autodet.teachers import PoolSpace
 from autodet.teachers.pool import MemberRow, save_members, save_pool
+from autodet.training import Task, TrainSettings
 
 SPACE = PoolSpace.parse("basic-=:8..16/8x1-16x1..2-16x1-16x1@64")
 POOL_EPOCHS = 5
@@ -144,6 +158,7 @@ def test_what_inheriting_saves_is_measured(upgraded: Path, capsys: pytest.Captur
         (["--cost", "broken.py:ms"], "broken.py cannot be run: ZeroDivisionError"),
         (["--cost", "other.safetensors:ms"], "no Python file"),
         (["--base", "renamed.safetensors"], "where names alone differ"),
+        (["--base-size", "320"], "says its size itself"),
         (["--search", "pipeline", "--teachers", "none"], "teachers of its own"),
         (["--formula-rate", "3"], "from 0 to 1"),
         (["--formula", "global: l2 * nonsense; " + "global: l2; " * 40], "nonsense"),
@@ -215,6 +230,87 @@ def test_a_formulas_terms_that_cannot_be_compared_are_left_out(tmp_path: Path, t
     with pytest.raises(ValueError, match="nothing in it can be compared"):
         usable_formula(Formula.parse("logits.roi: l2 * 1"), base, tmp_path / "pool")
     assert usable_formula(Formula(()), base, tmp_path / "pool") == Formula(())
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "fcos"])
+def test_a_pool_sees_what_the_base_sees_and_all_inputs_can_be_searched(
+    family: str, tmp_path: Path, tiny_spec: DetectorSpec
+) -> None:
+    """Also where the base's images are of another shape than the preset's."""
+    base, preset = small_spec(family, tiny_spec.labels, max_size=107), joint_preset_of("cpu", family)
+    save_detector(tmp_path / "base.safetensors", build(base))
+    data = write_shapes(tmp_path / "data", 4, 2, size=(96, 64), seed=3)
+    options = upgrade_detector.parse(["--data", str(data), "--preset", "cpu", "--cache", str(tmp_path / "cache")])
+    arguments = pool_arguments(options, preset, tmp_path / "base.safetensors", data, tmp_path / "run")
+    parsed = train_teacher_pool.parse(arguments)
+    teacher = train_teacher_pool.pool_task(parsed, pool_preset_of("cpu", family)).task.student.at_size(base.min_size)
+    assert (teacher.min_size, teacher.max_size) == (64, 107)
+    assert searched_inputs(preset, base, teacher) == list(preset.inputs_of(family))
+
+
+def test_inputs_that_a_given_pool_lacks_are_left_out_and_none_at_all_is_refused() -> None:
+    preset = joint_preset_of("cpu", "faster_rcnn")
+    assert searched_inputs(preset, small_spec("faster_rcnn"), small_spec("fcos")) == ["global"]
+    with pytest.raises(ValueError, match="Name one by --formula"):
+        searched_inputs(joint_preset_of("smoke", "faster_rcnn"), small_spec("faster_rcnn"), small_spec("fcos"))
+
+
+def test_a_given_base_is_measured_and_doubted_where_it_finds_nothing(
+    tmp_path: Path, tiny_spec: DetectorSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    data = write_shapes(tmp_path / "data", 4, 2, size=(96, 64), seed=3)
+    task = Task(str(data), str(tmp_path / "cache"), tiny_spec, TrainSettings(1, 4))
+    say_accuracy(stirred(tiny_spec), task)
+    assert "AP 0.0" in caplog.text and "finds hardly anything" in caplog.text and "--base-size 64" in caplog.text
+
+
+def test_a_pool_that_saw_other_images_is_mentioned(
+    tmp_path: Path, tiny_spec: DetectorSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_shapes(tmp_path / "data", 4, 2, size=(96, 64), seed=3)
+    for seen, said in ((read_dataset(data)["train"].annotations_hash, False), ("another", True)):
+        caplog.clear()
+        save_pool(tmp_path / seen, stirred(replace(tiny_spec, body=SPACE.largest.body)), SPACE, {"data": seen})
+        cost = Cost(1.0, 1.0, "cpu", 1, 1, 0.01, 0.01)
+        save_members(tmp_path / seen, [MemberRow(SPACE.smallest, 0.1, 0.1, "val", cost)])
+        pool_identity(tmp_path / seen, tiny_spec.labels, 2, data)
+        assert ("trained on other images" in caplog.text) == said
+        caplog.clear()
+        pool_identity(tmp_path / seen, tiny_spec.labels, 0, data)
+        assert not caplog.text  # as teachers they may have seen what they like
+
+
+def test_a_machine_of_another_kind_is_mentioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start_or_resume(tmp_path / "run", {}) as ledger:
+        warn_of_another_machine(ledger)
+        assert not caplog.text and processor()
+        monkeypatch.setattr("joint_runs.processor", lambda: "a slower one")
+        warn_of_another_machine(ledger)
+        assert "will be on a slower one" in caplog.text
+
+
+def test_where_no_candidate_is_within_the_limits_the_closest_is_kept(tiny_spec: DetectorSpec) -> None:
+    def cost(ratio: float, macs: float) -> RelativeCost:
+        return RelativeCost(ratio, 0.01, 10 * ratio, macs, 1.0)
+
+    base = Student(tiny_spec, (), None, "base", None, 0, cost(1.0, 1.0), 0)
+    slow, near = (replace(base, weights=name, cost=value) for name, value in (("a", cost(1.8, 3)), ("b", cost(0.7, 1))))
+    settings = JointSettings(joint_phases(5), 1, {"latency_ratio": 0.5, "macs_g": 0.8})
+    search = JointSearch(base, lambda *_: "no", settings, 0, Formula(()), SPACE, founders=(slow, near))
+    for ap, name in ((0.5, "base"), (0.6, "a"), (0.3, "b")):
+        ask = search.ask()
+        assert isinstance(ask, Ask)
+        search.tell(ask.id, ap, "completed", name)
+    assert [excess(search, point) for point in search.front()] == pytest.approx([1.4, 2.0, 3.75])
+
+
+def test_a_derived_detector_that_is_worse_on_test_is_said_to_be() -> None:
+    rows = [{"detector": "base", "AP": 50.0}, {"detector": "derived", "AP": 49.5}]
+    assert "AP 49.5 against 50.0" in doubts(rows)[0]
+    assert doubts(rows[::-1]) == []
 
 
 def test_a_stages_seconds_are_noted_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,16 +12,18 @@ import pytest
 import torch
 from detector_cases import stirred
 
-from autodet.data import Loader
+from autodet.data import BatchKey, Loader
 from autodet.detectors import Arch, Detector, DetectorSpec, build, load_detector, save_detector
 from autodet.detectors.weights import weights_hash
 from autodet.distill.formula import Formula
 from autodet.joint import Examiner, JointBench, JointTask
 from autodet.joint.archive import remove_strays, remove_unneeded
 from autodet.joint.bench import GENTLE
+from autodet.joint.examine import in_turn
 from autodet.morphism.actions import Action, derive, parse_actions
 from autodet.records import RelativeCost
 from autodet.search import EMPTY, Ask, Candidate, Examined, JointSearch, JointSettings, Student, joint_phases
+from autodet.search.session import MachineError
 from autodet.teachers import Member, PoolSpace
 from autodet.teachers.pool import save_pool
 from autodet.teachers.statistics import statistics_of
@@ -201,6 +203,58 @@ def test_a_child_that_cannot_be_measured_is_refused_and_a_base_ends_it(
     assert isinstance(refused, str) and ("above 0" in refused or "out of memory" in refused)
     with pytest.raises((ValueError, RuntimeError)):
         Examiner(JointBench(task), hash_of(base), milliseconds)
+
+
+def test_a_measurement_that_fails_again_and_again_ends_the_search(task: JointTask, base: Detector) -> None:
+    """Otherwise every child would be refused, and the budget spent on parents that are only trained on."""
+    answers = iter([ValueError("unplugged")] * 7 + [1.0] + [ValueError("unplugged")] * 8)
+
+    def milliseconds(model: torch.nn.Module) -> float:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    examiner = Examiner(JointBench(task), hash_of(base), milliseconds, base_ms=5.0)
+    pruned = parse_actions(PRUNED)
+    assert all("unplugged" in str(examiner(hash_of(base), pruned, 7)) for _ in range(7))
+    assert isinstance(examiner(hash_of(base), pruned, 7), Examined)  # begins the count anew
+    assert all("unplugged" in str(examiner(hash_of(base), pruned, 7)) for _ in range(7))
+    with pytest.raises(MachineError, match=r"unplugged, 8 times in a row.*--resume"):
+        examiner(hash_of(base), pruned, 7)
+
+
+def test_children_are_timed_on_several_images_read_from_their_files(
+    task: JointTask, base: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = JointBench(task)
+    spec = base.spec.at_size(48)
+    images = bench.images(spec)
+    assert {size for size, _, _ in bench._benches} == {base.spec.min_size}  # nothing is decoded at another size
+    cached = bench.bench(spec).eval_loader
+    chosen = [cached.load(BatchKey((index,), (False,))).images[0] for index in range(len(images))]
+    assert len(images) == 4
+    for ours, theirs in zip(images, chosen, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    seen: list[float] = []
+    monkeypatch.setattr("autodet.joint.examine.detect", lambda detector, images: seen.append(float(images[0].sum())))
+    run = in_turn(base, images)
+    for _ in range(8):
+        run()
+    assert seen == 2 * [float(image.sum()) for image in images]
+
+
+def test_a_disk_that_fails_ends_the_search_and_is_not_the_childs_fault(
+    task: JointTask, base: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examiner = Examiner(JointBench(task), hash_of(base), base_ms=5.0)
+
+    def failing(spec: DetectorSpec) -> list[torch.Tensor]:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(examiner._bench, "images", failing)
+    with pytest.raises(OSError, match="the disk is full"):
+        examiner(hash_of(base), parse_actions(PRUNED), 7)
 
 
 def test_a_targets_milliseconds_are_those_of_the_searchs_beginning(task: JointTask, base: Detector) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from detector_cases import families, small_spec, stirred
-from torch import Tensor
+from torch import Tensor, nn
 
 from autodet.detectors import Detector, build, detect
 from autodet.morphism.labels import keep_labels
@@ -40,6 +40,10 @@ def everything(family: str) -> Detector:
     return stirred(small_spec(family, LABELS, detections=5000, candidates=100_000))
 
 
+def predictor(detector: Detector) -> nn.Module:
+    return detector.model.get_submodule("roi_heads.box_predictor")
+
+
 @families
 def test_in_another_order_the_detections_are_the_same(family: str) -> None:
     detector = everything(family)
@@ -64,8 +68,8 @@ def test_of_a_second_stage_the_other_classes_compete_alone() -> None:
     detector = everything("faster_rcnn")
     other = relabelled(detector, (LABELS[2], LABELS[0]))
     regions = torch.rand(5, detector.spec.head_width)
-    scores, boxes = detector.model.roi_heads.box_predictor(regions)
-    ours, own_boxes = other.model.roi_heads.box_predictor(regions)
+    scores, boxes = predictor(detector)(regions)
+    ours, own_boxes = predictor(other)(regions)
     torch.testing.assert_close(ours, scores[:, [0, 3, 1]])
     torch.testing.assert_close(own_boxes.view(5, 3, 4), boxes.view(5, 4, 4)[:, [0, 3, 1]])
 

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -53,7 +54,9 @@ class Lease:
 
     Taken over at once from a dead process of this machine (or one whose number was given to another process),
     after `LAPSE_SECONDS` without a renewal from any other. Else the constructor raises LeaseHeld. Where the folder is a
-    copy of one in an object store, the lease is there, and the constructor watches that long whether it is renewed.
+    copy of one in an object store, the lease is there. Whether another machine's lease is renewed, the constructor
+    watches that long: clocks may differ. A driver that has lost its lease stops: what it writes next fails, and where
+    it handles SIGTERM it is sent one, since a long stage may write into the folder without asking.
     """
 
     def __init__(
@@ -67,12 +70,7 @@ class Lease:
         self._holder = Holder(
             socket.gethostname(), _machine(), pid, _process_start(pid), secrets.token_hex(8), time.time()
         )
-        with self.locked():
-            self._refuse_if_held()
-            try:
-                self._file.write(self._holder)
-            except Changed as error:
-                raise LeaseHeld(f"{error} Another driver has just begun with this run; stop one of them.") from error
+        self._take(self._unless_held())
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._renew_forever, args=(renew_seconds,), daemon=True, name="lease")
         self._thread.start()
@@ -115,21 +113,49 @@ class Lease:
     ) -> None:
         self.release()
 
-    def _refuse_if_held(self) -> None:
+    def _take(self, seen: Holder | None) -> None:
+        """Write the lease where it still is what was seen; LeaseHeld where another driver was quicker."""
+        with self.locked():
+            found = self._file.read()
+            try:
+                if found != seen:
+                    raise Changed(f"{self.path} was written meanwhile.")
+                self._file.write(self._holder)
+            except Changed as error:
+                raise LeaseHeld(f"{error} Another driver has just begun with this run; stop one of them.") from error
+
+    def _unless_held(self) -> Holder | None:
+        """The lease that may be taken over, None where there is none; LeaseHeld where its holder is at work.
+
+        Without the lock, which its holder needs for renewing it.
+        """
         holder = self._file.read()
         if holder is None:
-            return
+            return None
         age = max(0.0, time.time() - holder.heartbeat)
-        if _is_dead(holder) or self._file.lapsed(holder, self._lapse_seconds):
+        if _is_dead(holder) or self._lapsed(holder):
             logger.info(
                 "taking over the lease of process %d on %s, last renewed %.0f s ago", holder.pid, holder.host, age
             )
-            return
+            return holder
         raise LeaseHeld(
             f"{self.path.parent}: expected no other driver, found process {holder.pid} on {holder.host}, which renewed "
             f"its lease {age:.0f} s ago; stop that process, or if it is dead retry in "
             f"{self._lapse_seconds - age:.0f} s, when its lease lapses"
         )
+
+    def _lapsed(self, holder: Holder) -> bool:
+        """By the clock where it is the same one, else by watching whether the lease is renewed."""
+        age, seconds = time.time() - holder.heartbeat, self._lapse_seconds
+        if age > LONG_AGO or holder.machine == _machine():
+            return age > seconds
+        logger.info("waiting %.0f s to see whether process %d on %s is at work", seconds, holder.pid, holder.host)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(min(1.0, seconds / 10))
+            if self._file.read() != holder:
+                return False
+        return True
 
     def _renew_forever(self, seconds: float) -> None:
         warned = False
@@ -141,6 +167,8 @@ class Lease:
                 warned = False
             except (LeaseLost, Changed) as error:
                 logger.error("%s", error)
+                if callable(signal.getsignal(signal.SIGTERM)):  # a script's own way to stop in order
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
             except OSError as error:  # a full disk must not end the renewals: it may be cleared
                 if not warned:
@@ -176,10 +204,6 @@ class _LocalFile:
 
     def refresh(self, holder: Holder) -> None:
         """Nothing: who holds the lock beside the file is alone."""
-
-    def lapsed(self, holder: Holder, seconds: float) -> bool:
-        """By the clock, which machines that share a disk agree on well enough."""
-        return time.time() - holder.heartbeat > seconds
 
 
 class _StoredFile:
@@ -219,18 +243,6 @@ class _StoredFile:
         """
         if time.monotonic() - self._renewed > FRESH_SECONDS:
             self.write(replace(holder, heartbeat=time.time()))
-
-    def lapsed(self, holder: Holder, seconds: float) -> bool:
-        """By watching whether it is renewed: clocks of machines anywhere may differ."""
-        if time.time() - holder.heartbeat > LONG_AGO:
-            return True
-        logger.info("waiting %.0f s to see whether process %d on %s is at work", seconds, holder.pid, holder.host)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            time.sleep(min(1.0, seconds / 10))
-            if self.place.version() != self._version:
-                return False
-        return True
 
 
 def read_holder(path: Path) -> Holder | None:

@@ -48,10 +48,18 @@ def processor() -> str:
     return ", ".join([*models[:1], *gpus]) or platform.machine()
 
 
+def check_device(name: str, device: str) -> None:
+    """ValueError where a preset needs a GPU and this machine has none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--preset {name} needs a GPU on this machine as well, where detectors are timed.")
+
+
 def data_folder(options: argparse.Namespace, preset: Preset) -> Path:
     """The user's data, or generated shapes of the preset's number and size."""
     if options.data is not None:
         return Path(options.data).resolve()
+    if getattr(options, "address", "local") == "auto":
+        logging.warning("Generated data lie in --cache: on several machines give --data, or a --cache that all share.")
     train, val, test = preset.shapes
     size = (preset.student.max_size, preset.student.min_size)
     name = f"shapes-{train}-{val}-{test}-{size[0]}x{size[1]}"

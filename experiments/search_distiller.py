@@ -36,6 +36,7 @@ from options import (
 from pictures import save_student_pictures
 from presets import Preset, preset_of
 from runs import (
+    check_device,
     checked_labels,
     data_folder,
     run_list,
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     check_address(options.address)
     preset = adjusted(preset_of(options.preset, options.family, options.teacher_family), options)
     preset = preset.placed(options.cpus_per_trial, options.gpus_per_trial)
+    check_device(options.preset, preset.device)
     task = full_size_task(preset, options)
     proxy = replace(task, student=task.student.at_size(options.proxy_size)) if options.proxy_size else task
     inputs = chosen_inputs(options.inputs, proxy.student, teacher_spec(preset, task, options))

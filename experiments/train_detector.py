@@ -17,7 +17,7 @@ from pathlib import Path
 
 from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from presets import Preset, preset_of
-from runs import all_threads, checked_labels, data_folder, say_epoch, start_or_resume
+from runs import all_threads, check_device, checked_labels, data_folder, say_epoch, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import DetectorSpec, detect, load_detector
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     folder = options.resume or new_folder(options.output, "train-detector")
     preset = preset_of(options.preset, options.family)
+    check_device(options.preset, preset.device)
     task = plain_task(options, preset, folder)
     config = {"script": "train_detector", "options": recorded(options, RECORDED)}
     config["task"] = json.loads(task.to_json())

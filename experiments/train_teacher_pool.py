@@ -25,7 +25,7 @@ import torch
 from options import common_options, data_options, main_of, new_folder, parsed, placement_options, positive, recorded
 from pool_presets import PoolPreset, pool_preset_of
 from presets import gpus_of, preset_of
-from runs import checked_labels, data_folder, start_or_resume
+from runs import check_device, checked_labels, data_folder, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import build, detect
@@ -63,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.resume or new_folder(options.output, "train-teacher-pool")
     check_address(options.address)
     preset = pool_preset_of(options.preset, options.family)
-    if preset.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--preset {options.preset} needs a GPU on this machine as well, where members are measured.")
+    check_device(options.preset, preset.device)
     task = pool_task(options, preset)
     print(f"{task.space.count:,} members; {task.pool.schedule}\n{task.pool.schedule.table(task.space)}")
     config = {"script": "train_teacher_pool", "options": recorded(options, (*RECORDED, *EXTENDABLE))}

@@ -17,7 +17,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from finishing import finish
 from joint_presets import joint_preset_of
 from joint_runs import (
@@ -43,7 +42,7 @@ from options import (
     recorded,
     source,
 )
-from runs import checked_labels, data_folder, start_or_resume
+from runs import check_device, checked_labels, data_folder, start_or_resume
 from upgrading import (
     BASE,
     Stages,
@@ -211,8 +210,7 @@ def check(options: argparse.Namespace) -> None:
     if options.founders is None:
         ours = options.search == "joint" and options.teachers == "searched" and options.inherit
         options.founders = joint_preset_of(options.preset, options.family).founders if ours else 0
-    if options.preset == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--preset gpu needs a GPU on this machine as well, where detectors are timed.")
+    check_device(options.preset, joint_preset_of(options.preset, options.family).preset.device)
     if options.teachers != "searched" and options.search in ("pipeline", "random"):
         raise ValueError(f"--search {options.search} has teachers of its own: leave --teachers out.")
     if options.teachers == "none" and (options.pool or options.founders or options.formula or options.formula_rate):

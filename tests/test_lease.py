@@ -1,14 +1,16 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autodet.lease import LAPSE_SECONDS, Lease, LeaseHeld, LeaseLost
+from autodet.lease import LAPSE_SECONDS, LONG_AGO, Lease, LeaseHeld, LeaseLost
 
 
 def edited(folder: Path, **changes: Any) -> None:
@@ -71,9 +73,19 @@ def test_number_given_to_another_process_is_taken_over(tmp_path: Path) -> None:
         lease.check()
 
 
-def test_other_machine_holds_until_its_lease_lapses(tmp_path: Path) -> None:
-    abandoned(tmp_path, host="elsewhere", machine="elsewhere", pid=finished_process(), heartbeat=time.time() - 20)
-    with pytest.raises(LeaseHeld, match=r"on elsewhere, which renewed its lease 20 s ago; .*retry in (9|10) s"):
+@pytest.mark.parametrize(("age", "least"), [(20.0, 0.5), (-20.0, 0.5), (LONG_AGO + 1, 0.0)])
+def test_another_machine_holds_a_lease_as_long_as_it_renews_it(tmp_path: Path, age: float, least: float) -> None:
+    """Only the watching machine's own clock counts, unless the lease is very old."""
+    abandoned(tmp_path, host="elsewhere", machine="elsewhere", pid=finished_process(), heartbeat=time.time() - age)
+    started = time.monotonic()
+    with Lease(tmp_path, lapse_seconds=0.5) as lease:
+        assert least <= time.monotonic() - started < least + 5
+        lease.check()
+
+
+def test_a_process_of_this_machine_that_hangs_loses_its_lease_by_the_clock(tmp_path: Path) -> None:
+    abandoned(tmp_path, pid=os.getpid(), heartbeat=time.time() - 20)
+    with pytest.raises(LeaseHeld, match=r"which renewed its lease 20 s ago; .*retry in (9|10) s"):
         Lease(tmp_path)
     edited(tmp_path, heartbeat=time.time() - LAPSE_SECONDS - 1)
     with Lease(tmp_path) as lease:
@@ -107,4 +119,42 @@ def test_is_renewed_in_the_background(tmp_path: Path) -> None:
 def test_damaged_lease_file_does_not_lock_the_run_for_ever(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text('{"host":')
     with Lease(tmp_path) as lease:
+        lease.check()
+
+
+def test_a_driver_that_lost_its_lease_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long stage may write into the run without asking, and two would then do so."""
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    try:
+        lease = Lease(tmp_path, renew_seconds=0.05)
+        edited(tmp_path, token="another's")
+        deadline = time.monotonic() + 10
+        while not told.is_set():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        lease.release()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "lease.json").exists()  # the other's
+
+
+@pytest.mark.parametrize("behind", [-300.0, 31.0, 300.0])
+def test_a_machine_whose_clock_is_wrong_keeps_its_lease_while_it_renews_it(tmp_path: Path, behind: float) -> None:
+    abandoned(tmp_path, machine="another", heartbeat=time.time() - behind)
+    stopped = threading.Event()
+
+    def renew() -> None:
+        while not stopped.wait(0.05):
+            edited(tmp_path, heartbeat=time.time() - behind)
+
+    other = threading.Thread(target=renew)
+    other.start()
+    try:
+        with pytest.raises(LeaseHeld, match="found process"):
+            Lease(tmp_path, lapse_seconds=2.0)
+    finally:
+        stopped.set()
+        other.join()
+    with Lease(tmp_path, lapse_seconds=0.3) as lease:
         lease.check()

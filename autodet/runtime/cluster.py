@@ -31,7 +31,10 @@ DEFAULTS = {
 
 
 def check_address(address: str) -> None:
-    """ValueError unless ``auto`` or ``local``; Ray Client (``ray://``) would move the ledger's writer off its disk."""
+    """ValueError unless ``local``, or ``auto`` where a cluster can be reached.
+
+    Ray Client (``ray://``) would move the ledger's writer off its disk.
+    """
     if address.startswith("ray://"):
         raise ValueError(
             f"--address {address}: Ray Client is not supported. Submit the script to the cluster instead: "
@@ -39,6 +42,8 @@ def check_address(address: str) -> None:
         )
     if address not in ("auto", "local"):
         raise ValueError(f"--address {address!r}: expected 'auto' (inside a cluster) or 'local'.")
+    if address == "auto" and not ray.is_initialized():
+        check_reachable(os.environ.get("RAY_ADDRESS", ""))
 
 
 def check_reachable(ray_address: str) -> None:
@@ -86,8 +91,6 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
     if ray.is_initialized():  # the caller's own, which stays running
         yield
         return
-    if address == "auto":
-        check_reachable(os.environ.get("RAY_ADDRESS", ""))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     on_terminate = signal.getsignal(signal.SIGTERM)
@@ -96,7 +99,7 @@ def ray_running(address: str = "local", cpus: int | None = None) -> Iterator[Non
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
         ray.init(**where, **quiet, runtime_env={"env_vars": variables})
-    except (ConnectionError, RuntimeError) as error:  # none is there; or it has other versions, or another token
+    except (ConnectionError, RuntimeError, RayError) as error:  # none is there; other versions; no token or another
         reason = " ".join(str(error).split())[:600]
         raise MachineError(f"--address {address}: Ray cannot be joined or started here: {reason}") from error
     if threading.current_thread() is threading.main_thread():

@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 import torch
 
-from autodet.runtime.cluster import finished
+from autodet.runtime.cluster import finished, warn_of_idle_machines
 from autodet.training import Task, train_plain
 
 WORKER_FAILURES = 3  # lost workers of one training before the run stops
@@ -21,19 +21,20 @@ def train_side_by_side(tasks: Mapping[str, Task], folder: Path, gpus: float = 0.
     As many run at a time as Ray has CPUs (GPUs) for; a task takes ``task.threads``. Trainings that ended before are not
     repeated. MachineError with its cause where one fails.
     """
-    pending = {}
+    pending, files = {}, {}
     for name, task in tasks.items():
-        task = replace(task, weights=str((folder / name).resolve()))
+        place = (folder / name).resolve()
+        if ended := sorted(place.glob("*.safetensors")):
+            files[name] = ended[0]
+            continue
+        warn_of_idle_machines(task.threads, gpus)
         remote = ray.remote(num_cpus=task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES)(_train)
-        pending[remote.remote(task.to_json(), str((folder / name).resolve()))] = name
-    files = {name: Path(file) for name, file in finished("training", pending)}
+        pending[remote.remote(replace(task, weights=str(place)).to_json(), str(place))] = name
+    files |= {name: Path(file) for name, file in finished("training", pending)}
     return {name: files[name] for name in tasks}
 
 
 def _train(text: str, folder: str) -> str:
-    """The file of a finished training; a finished one is found again."""
-    finished = sorted(Path(folder).glob("*.safetensors"))
-    if finished:
-        return str(finished[0])
+    """The file of a finished training."""
     torch.set_flush_denormal(True)
     return str(train_plain(Task.from_json(text), Path(folder)))

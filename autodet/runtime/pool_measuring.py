@@ -12,7 +12,7 @@ import ray
 import torch
 
 from autodet.atomic import atomic_write_bytes
-from autodet.runtime.cluster import finished
+from autodet.runtime.cluster import finished, warn_of_idle_machines
 from autodet.runtime.weight_cache import shared_weights
 from autodet.teachers.pool import WEIGHTS, TeacherPool, read_manifest
 from autodet.teachers.space import Member
@@ -36,6 +36,7 @@ def measure_side_by_side(
     found = {Member.parse(line["member"]): (line["ap"], line["ap_before"]) for line in lines}
     # Ray would end a GPU's worker after each task, and the next one would load the data again.
     remote = ray.remote(num_cpus=task.task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES, max_calls=0)(_measure)
+    warn_of_idle_machines(task.task.threads, gpus)
     folder = str(pool_folder.resolve())
     pending = {remote.remote(task.to_json(), folder, str(member)): member for member in members if member not in found}
     for member, (ap, before) in finished("measuring", pending):

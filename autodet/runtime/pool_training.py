@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ray.util.metrics import Gauge
 
 from autodet.atomic import atomic_write_bytes
 from autodet.object_store import place_of
+from autodet.runtime.cluster import warn_of_idle_machines
 from autodet.search.session import MachineError
 from autodet.teachers.task import PoolBench, PoolTask
 from autodet.teachers.trainer import PoolTrainer
@@ -32,7 +34,7 @@ from autodet.working_copy import discard, fetch
 CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.jsonl"  # in the run's folder: a line an epoch, rewritten from the history, so that none is twice
 DIVERGED = "diverged.txt"
-WORKER_FAILURES = 4  # failures of workers after which the run stops; it goes on with --resume
+WORKER_FAILURES = 4  # failures of workers, within an epoch, after which the run stops; it goes on with --resume
 RESIZE_SECONDS = 5.0  # between looks for machines that joined
 TRAIN_FOLDER = "train"  # Ray Train's own files in the run's folder, from which a resumed run goes on
 CUT_OFF = f"{TRAIN_FOLDER}.cut-off-"  # begins the names of such folders that a kill left without their list
@@ -44,8 +46,8 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
 
     A run folder that holds a training goes on from its last checkpoint, with any number of workers. Lost workers and
     machines are replaced, or done without where ``workers`` is a pair (elastic). On several machines the folder must be
-    on storage that all share. Raises Diverged where the training did, MachineError where workers failed
-    ``WORKER_FAILURES`` times, KeyboardInterrupt on Ctrl-C.
+    on storage that all share. Raises Diverged where the training did, MachineError where more than ``WORKER_FAILURES``
+    workers failed without an epoch between them, KeyboardInterrupt on Ctrl-C.
     """
     folder = run_folder.resolve()
     discard(folder / DIVERGED)
@@ -62,11 +64,14 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
         failure_config=train.FailureConfig(max_failures=WORKER_FAILURES),
         checkpoint_config=train.CheckpointConfig(num_to_keep=2),
     )
-    config = {"task": task.to_json(), "folder": str(folder), "rescued": rescued(folder)}
-    trainer = TorchTrainer(
-        train_on_worker, train_loop_config=config, scaling_config=train.ScalingConfig(**scaling), run_config=run
-    )
-    result = _fit(trainer)
+
+    def make() -> TorchTrainer:
+        config = {"task": task.to_json(), "folder": str(folder), "rescued": rescued(folder)}
+        scale = train.ScalingConfig(**scaling)
+        return TorchTrainer(train_on_worker, train_loop_config=config, scaling_config=scale, run_config=run)
+
+    warn_of_idle_machines(threads, gpus_per_worker)
+    result = fit_while_it_advances(make, lambda: epochs_done(folder))
     for told in (DIVERGED, PROGRESS):  # by a worker, perhaps on another machine
         fetch(folder / told)
     if (folder / DIVERGED).exists():
@@ -76,6 +81,27 @@ def train_pool(task: PoolTask, run_folder: Path, workers: Workers, gpus_per_work
     with result.checkpoint.as_directory() as directory:
         atomic_write_bytes(kept, (Path(directory) / CHECKPOINT).read_bytes())
     return kept
+
+
+def fit_while_it_advances(make: Callable[[], TorchTrainer], epochs: Callable[[], int]) -> Any:
+    """The result of a training, begun again where machines were lost, as long as epochs come to an end between.
+
+    Ray counts a training's lost machines over days. make: the training, which goes on from its last checkpoint.
+    """
+    while True:
+        before = epochs()
+        try:
+            return _fit(make())
+        except MachineError as error:
+            if epochs() <= before:
+                raise
+            logging.warning("%s It has advanced meanwhile, and goes on.", error)
+
+
+def epochs_done(folder: Path) -> int:
+    """Epochs of a run that have ended."""
+    fetch(folder / PROGRESS)
+    return len((folder / PROGRESS).read_text().splitlines()) if (folder / PROGRESS).exists() else 0
 
 
 def _fit(trainer: TorchTrainer) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -76,26 +77,24 @@ def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[st
     which its checkpoint lies in ``folder``. Reports ``ap`` (0–1) after each measured epoch, and ``outcome``, the
     ledger's told payload as JSON, at the end. An error of training is an outcome, not an exception.
     """
-    text, root, joint = task.to_json(), str(folder), isinstance(task, JointTask)
-
-    version = autodet.__version__
+    text, root, joint, driver = task.to_json(), str(folder), isinstance(task, JointTask), code_here()
 
     def train_candidate(config: Mapping[str, Any]) -> None:
-        task = JointTask.from_json(text) if joint else Task.from_json(text)
-        torch.set_num_threads(task.threads)
-        torch.set_flush_denormal(True)
         name = f"{int(config['id']):06d}" if "id" in config else tune.get_context().get_trial_id()
-        candidate = Candidate.from_json(config["candidate"])
         title = f"{'joint' if joint else 'distiller'}/{config.get('title', name)}"
 
         def report(values: dict[str, Any]) -> None:
             tune.report(values)
             show_title(title)  # Tune has named the process after its own method meanwhile
 
-        seed = None
+        seed, evaluator = None, None
         try:
             show_title(title)
-            check_version(version)
+            check_code(driver)  # before anything is read that another version may have written otherwise
+            task = JointTask.from_json(text) if joint else Task.from_json(text)
+            candidate = Candidate.from_json(config["candidate"])
+            torch.set_num_threads(task.threads)
+            torch.set_flush_denormal(True)
             evaluator = _evaluator(text, task)
             seed = evaluator.seed_of(candidate)
             outcome = run_candidate(evaluator, candidate, Path(root) / name, report, show_speed)
@@ -108,6 +107,10 @@ def make_trainable(task: Task | JointTask, folder: Path) -> Callable[[Mapping[st
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             outcome = {"status": "failed", "ap": None, "seed": seed, "cause": cause}
+            if not answers(device_of(text)):
+                if evaluator is not None:  # after some errors a GPU answers no more in this process, but in a fresh one
+                    os._exit(1)
+                outcome["status"] = ENVIRONMENT
         if outcome["status"] != ENVIRONMENT:
             spare(Path(root).parent, Path(root) / name)
         tune.report({"id": config.get("id"), METRIC: outcome["ap"] or 0.0, "outcome": json.dumps(outcome)})
@@ -167,11 +170,36 @@ def show_title(name: str) -> None:
         raylet.setproctitle(f"ray::{name}")
 
 
-def check_version(wanted: str) -> None:
-    """OSError where this machine's autodet is not the driver's."""
-    if autodet.__version__ != wanted:
-        here = f"autodet {autodet.__version__} on {platform.node()}"
+@lru_cache(maxsize=1)
+def code_here() -> str:
+    """What has to be the same on all machines of a run: autodet, to the letter, and PyTorch's version."""
+    package = Path(autodet.__file__).parent
+    sources = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        sources.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    torch_version = torch.__version__.partition("+")[0]  # a machine without a GPU has another build of it
+    return f"autodet {autodet.__version__} ({sources.hexdigest()[:8]}) and torch {torch_version}"
+
+
+def check_code(wanted: str) -> None:
+    """OSError where this machine's code is not the driver's."""
+    if (found := code_here()) != wanted:
+        here = f"{found} on {platform.node()}"
         raise OSError(f"{here}, but {wanted} where the driver runs. Install the same on all machines, then resume.")
+
+
+def device_of(text: str) -> str:
+    """The device in the text of a task."""
+    values = json.loads(text)
+    return str(values.get("task", values)["device"])
+
+
+def answers(device: str) -> bool:
+    """Whether a device does the simplest thing."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1.0
+    except RuntimeError:
+        return False
 
 
 @lru_cache(maxsize=1)

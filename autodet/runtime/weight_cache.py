@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from autodet.detectors.weights import WeightsError, load_weights, weights_hash
 
 NAMESPACE = "autodet"
 LIMIT_BYTES = 2 << 30  # of weights that are kept on a node
-IDLE_SECONDS = 3600.0  # without a reader, after which a cache ends: its run may have been killed
+IDLE_SECONDS = 120.0  # without a reader, after which a cache ends: a cloud ends no machine that still has one
 ATTEMPTS = 4  # to reach a cache that is being rebuilt
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -36,20 +36,18 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass
 class Entry:
-    """Weights that are kept. leases: who still needs them; only entries without any are evicted."""
+    """Weights that are kept."""
 
     ref: Any  # ray.ObjectRef of Arrays
     size: int
-    leases: set[str] = field(default_factory=set)
 
 
 class WeightCache:
     """The actor's state and methods; one a node, made by ``cache_of_this_node``.
 
-    limit: bytes. Entries without leases go, the one used longest ago first, as soon as all together exceed it; leased
-    ones stay even above it, and so does the one that was asked for last. A cache that died starts empty, without
-    leases: they save time, not weights, which are always in their files. idle: seconds without a reader after which the
-    actor ends itself; None for never.
+    limit: bytes. The entry used longest ago goes first, as soon as all together exceed it; the one that was asked for
+    last stays even above it. A cache that died starts empty: it saves time, not weights, which are always in their
+    files. idle: seconds without a reader after which the actor ends itself; None for never.
     """
 
     def __init__(self, limit: int = LIMIT_BYTES, idle: float | None = None) -> None:
@@ -60,11 +58,10 @@ class WeightCache:
         self._timer: threading.Timer | None = None
         self._restart_timer()
 
-    def get(self, hash: str, path: str, lease: str | None = None) -> list[Any]:
+    def get(self, hash: str, path: str) -> list[Any]:
         """[reference] to the weights of a hash; read from a file of ``save_weights`` where they are not kept yet.
 
-        lease: a holder's name, under which the weights are kept until ``release``. WeightsError where the file's
-        weights have another hash.
+        WeightsError where the file's weights have another hash.
         """
         self._restart_timer()
         self.reads["hits" if hash in self.entries else "misses"] += 1
@@ -73,21 +70,12 @@ class WeightCache:
         self.entries.move_to_end(hash)
         for what, number in {**self.reads, "bytes": self._bytes()}.items():
             self._shown.set(number, {"what": what})
-        if lease is not None:
-            self.entries[hash].leases.add(lease)
         self._evict()
         return [self.entries[hash].ref]
 
-    def release(self, lease: str) -> None:
-        """End all leases of a holder."""
-        for entry in self.entries.values():
-            entry.leases.discard(lease)
-        self._evict()
-
     def facts(self) -> dict[str, Any]:
-        """Hits, misses, bytes, and the hashes that are kept with their leases."""
-        kept = {hash: sorted(entry.leases) for hash, entry in self.entries.items()}
-        return {**self.reads, "bytes": self._bytes(), "kept": kept}
+        """Hits, misses, bytes, and the hashes that are kept, the one used longest ago first."""
+        return {**self.reads, "bytes": self._bytes(), "kept": list(self.entries)}
 
     def _restart_timer(self) -> None:
         if self._timer is not None:
@@ -101,11 +89,8 @@ class WeightCache:
         return sum(entry.size for entry in self.entries.values())
 
     def _evict(self) -> None:
-        last = next(reversed(self.entries), None)
-        for hash in [hash for hash, entry in self.entries.items() if not entry.leases and hash != last]:
-            if self._bytes() <= self.limit:
-                return
-            del self.entries[hash]
+        while len(self.entries) > 1 and self._bytes() > self.limit:
+            self.entries.popitem(last=False)
 
 
 class SharedWeights:
@@ -134,7 +119,7 @@ def cache_of_this_node(limit: int = LIMIT_BYTES, idle: float | None = IDLE_SECON
     It outlives the trial that makes it, and a driver that is killed by ``idle`` seconds.
     """
     context = ray.get_runtime_context()
-    node, job = context.get_node_id(), context.get_job_id()  # of this run: another's limit and leases are its own
+    node, job = context.get_node_id(), context.get_job_id()  # of this run: another's limit is its own
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(WeightCache)
     return actor.options(
         name=f"autodet-weights-{job}-{node[:12]}",
@@ -154,7 +139,7 @@ def drop_caches() -> None:
                 ray.kill(ray.get_actor(actor["name"], NAMESPACE))
 
 
-def shared_weights(hash: str, path: Path, lease: str | None = None) -> SharedWeights:
+def shared_weights(hash: str, path: Path) -> SharedWeights:
     """The weights of a hash from this node's cache, which reads them from a file where it has them not.
 
     Where the cache cannot be had, they are read from the file into this process alone. WeightsError where the file is
@@ -162,7 +147,7 @@ def shared_weights(hash: str, path: Path, lease: str | None = None) -> SharedWei
     """
     for _ in range(ATTEMPTS):
         try:
-            (reference,) = ray.get(cache_of_this_node().get.remote(hash, str(path), lease), timeout=60)
+            (reference,) = ray.get(cache_of_this_node().get.remote(hash, str(path)), timeout=60)
             return SharedWeights(ray.get(reference, timeout=60))
         except (ObjectLostError, RayActorError, GetTimeoutError) as error:  # OwnerDiedError is an ObjectLostError
             logging.info("The weight cache of this node is asked again: %s", type(error).__name__)

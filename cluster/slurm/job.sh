@@ -4,7 +4,8 @@
 #     sbatch cluster/slurm/job.sh experiments/upgrade_detector.py --data DIR --output RUN --preset gpu --workers 4
 #
 # Submit it from a clone that all nodes see, with a virtual environment in .venv. Sizes are those below, or sbatch's own
-# options; --workers is the number of GPUs. Preempted, requeued or out of time, the job goes on with the same run.
+# options; --workers is the number of GPUs. Preempted, out of time, or requeued for a lost node, the job goes on with the
+# same run.
 #SBATCH --job-name=autodet
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -14,7 +15,6 @@
 #SBATCH --time=12:00:00
 #SBATCH --signal=B:TERM@300
 #SBATCH --requeue
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -49,7 +49,7 @@ ray start --head --node-ip-address="$head" --port="$PORT" --dashboard-host=127.0
 workers=$((SLURM_JOB_NUM_NODES - 1))
 if ((workers > 0)); then
     srun --nodes="$workers" --ntasks="$workers" --ntasks-per-node=1 --relative=1 \
-        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --no-kill --kill-on-bad-exit=0 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 \
         ray start --address="$head:$PORT" --block "${size[@]}" &
 fi
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import ray
 import search_distiller
+import torch
+import train_detector
 import train_teacher_pool
 import upgrade_detector
 from options import main_of, recorded, source
@@ -18,7 +25,7 @@ from upgrading import pool_placement
 from autodet import object_store
 from autodet.ledger import Ledger
 from autodet.runtime import cluster
-from autodet.runtime.trial import check_version
+from autodet.runtime.trial import answers, check_code, code_here
 from autodet.search.session import MachineError
 
 
@@ -138,10 +145,56 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address: str, message: str)
         cluster.check_reachable(fine)
 
 
-def test_versions_that_differ_stop_the_run_and_leave_the_candidate_open() -> None:
-    check_version(__import__("autodet").__version__)
-    with pytest.raises(OSError, match=r"but 99\.0 where the driver runs"):
-        check_version("99.0")
+def test_code_that_differs_stops_the_run_and_leaves_the_candidate_open() -> None:
+    here = code_here()
+    check_code(here)
+    assert re.fullmatch(r"autodet 0\.1\.0 \([0-9a-f]{8}\) and torch [0-9.]+", here)
+    with pytest.raises(OSError, match=r"but autodet 99\.0 where the driver runs"):
+        check_code("autodet 99.0")
+
+
+def test_a_device_that_is_not_there_does_not_answer() -> None:
+    assert answers("cpu")
+    assert answers("cuda") == torch.cuda.is_available()
+
+
+def test_a_cluster_that_wants_a_token_is_told_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own, since Ray reads its settings once."""
+    program = """
+import sys
+from options import main_of
+from autodet.runtime import cluster
+cluster.check_reachable = lambda address: None
+def script(argv):
+    with cluster.ray_running("auto"):
+        return 0
+sys.exit(main_of(script))
+"""
+    variables = {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"127.0.0.1:{free_port()}", "HOME": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: --address auto" in done.stderr and "token" in done.stderr.lower()
+
+
+@pytest.mark.parametrize("script", [search_distiller, train_teacher_pool, upgrade_detector])
+def test_a_cluster_that_cannot_be_reached_is_told_before_a_run_begins(
+    script: ModuleType, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    assert "no Ray cluster answers there" in said(capsys, script, "--address", "auto", "--output", "new")
+    assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize("script", [search_distiller, train_detector, train_teacher_pool, upgrade_detector])
+def test_a_missing_gpu_is_told_before_a_run_begins(
+    script: ModuleType, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU on this machine" in said(capsys, script, "--preset", "gpu", "--output", "new")
+    assert not (place / "new").exists()
 
 
 def test_a_cluster_of_other_versions_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,3 +43,25 @@ def test_a_diverged_training_is_told_and_not_tried_again(tmp_path: Path, monkeyp
     monkeypatch.setattr(pool_training, "_train_on_worker", diverge)
     pool_training.train_on_worker({"folder": str(tmp_path)})
     assert (tmp_path / pool_training.DIVERGED).read_text() == "The gradient's norm is nan at step 7."
+
+
+def test_lost_machines_are_forgiven_as_long_as_epochs_end_between() -> None:
+    ends = iter([3, 5, 5])  # epochs done when the first, second and third attempt failed
+    done = [0]
+
+    class Loses:
+        def fit(self) -> str:
+            done[0] = next(ends)
+            raise WorkerGroupError("a machine was lost", {0: OSError("lost")})
+
+    with pytest.raises(MachineError, match="a machine was lost"):
+        pool_training.fit_while_it_advances(Loses, lambda: done[0])  # type: ignore[arg-type]
+    assert list(ends) == []
+
+    class Succeeds:
+        def fit(self) -> str:
+            return "a result"
+
+    attempts = iter([Loses, Succeeds])
+    ends = iter([8])
+    assert pool_training.fit_while_it_advances(lambda: next(attempts)(), lambda: done[0]) == "a result"  # type: ignore[arg-type, return-value]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray.tune.search.optuna import OptunaSearch
 
 from autodet.distill import Formula
@@ -196,6 +197,18 @@ def test_a_machine_that_fails_stops_the_run_and_the_candidate_stays_open(
         session = Session(ledger, FixedList(candidates(2)))
         run_session(session, task, tmp_path / "run", workers=1)
         assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_does_not_answer_stops_the_run_and_the_candidates_stay_open(
+    ray_cluster: None, task: Task, tmp_path: Path
+) -> None:
+    """Else a broken one would fail every candidate within a second."""
+    with Ledger.create(tmp_path / "run", {}) as ledger:
+        session = Session(ledger, FixedList(candidates(2)))
+        with pytest.raises(MachineError, match=r"CUDA|NVIDIA"):
+            run_session(session, replace(task, device="cuda"), tmp_path / "run", workers=1)
+        assert [event.kind for event in ledger.events()] == ["asked"]
 
 
 def test_a_full_disk_under_the_ledger_stops_the_run_with_its_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def test_a_second_driver_is_refused_and_takes_over_what_has_lapsed(url: str, mon
     folder = local_path(url)
     folder.mkdir(parents=True)
     first = Lease(folder, renew_seconds=0.1)
-    monkeypatch.setattr(lease_module, "_is_dead", lambda holder: False)  # as on another machine
+    machines = count()
+    monkeypatch.setattr(lease_module, "_machine", lambda: f"machine {next(machines)}")  # always another one
     with pytest.raises(LeaseHeld, match="process"):
         Lease(other_machine(url, monkeypatch), lapse_seconds=1.5)
     first._closing.set()  # its machine hangs
@@ -55,7 +57,7 @@ def test_a_second_driver_is_refused_and_takes_over_what_has_lapsed(url: str, mon
 def test_of_two_drivers_that_begin_at_once_one_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = local_path(url)
     folder.mkdir(parents=True)
-    monkeypatch.setattr(Lease, "_refuse_if_held", lambda lease: None)  # both have looked, and found it free
+    monkeypatch.setattr(Lease, "_unless_held", lambda lease: None)  # both have looked, and found it free
     with Lease(folder), pytest.raises(LeaseHeld, match="has just begun"):
         Lease(folder)
 

@@ -1,6 +1,7 @@
 """A round of chaos: a search on a cluster of several nodes, while processes are killed and nodes come and go.
 
-command:   python tests/chaos/chaos.py distiller|joint [--rounds 20] [--seed 0] [--faults 6] [--store] [--output DIR]
+command:   PYTHONPATH=.:tests:tests/store:tests/detectors python tests/chaos/chaos.py distiller|joint [--rounds 20]
+           [--seed 0] [--faults 6] [--store] [--output DIR]
 
 Each round starts a cluster on this machine, a driver, and at random moments one fault after another. A driver that died
 is started again with the same command. In the end the run must be what a run without faults is: see ``check``.

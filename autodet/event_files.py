@@ -21,7 +21,9 @@ from autodet.working_copy import discard
 
 VERSION = 1
 EVENTS = "events"
-EVENT_NAME = re.compile(r"\d{8}-(asked|reported|told)-\d{6,}\.json")
+# The number alone, since a file, or an object in a store, is only ever created: of two drivers that write at once one
+# fails, whatever their events say. Runs of before have kind and candidate behind it.
+EVENT_NAME = re.compile(r"\d{8}(-(asked|reported|told)-\d{6,})?\.json")
 READERS, CHUNK = 16, 64  # threads that read events, and the files of one turn
 _COLLECTING, _later = threading.Lock(), [0, 0]  # how many threads collect garbage later, and whether it was on before
 
@@ -67,7 +69,7 @@ class Rules:
 
 def event_name(event: Event) -> str:
     """The name of an event's file."""
-    return f"{event.number:08d}-{event.kind}-{event.id:06d}.json"
+    return f"{event.number:08d}.json"
 
 
 def event_names(folder: Path) -> list[str]:
@@ -130,13 +132,13 @@ def _contiguous_names(folder: Path, attempts: int = 3) -> list[str]:
     """The event files, numbered 0, 1, …; a listing made while a writer adds files may miss one, so look again."""
     for attempt in range(attempts):
         names = event_names(folder)
-        wrong = next((place for place, name in enumerate(names) if _number(name) != place), None)
+        wrong = next((place for place, name in enumerate(names) if number_of(name) != place), None)
         if wrong is None:
             return names
         if attempt + 1 < attempts:
             time.sleep(0.02)
-    path, number = folder / EVENTS / names[wrong or 0], _number(names[wrong or 0])
-    if wrong and number == _number(names[wrong - 1]):
+    path, number = folder / EVENTS / names[wrong or 0], number_of(names[wrong or 0])
+    if wrong and number == number_of(names[wrong - 1]):
         raise LedgerError(
             f"{path}: expected one event with number {number}, also found {names[wrong - 1]}; two drivers "
             "wrote at once: keep the older file, move the other and all later events away, then resume"
@@ -147,7 +149,8 @@ def _contiguous_names(folder: Path, attempts: int = 3) -> list[str]:
     )
 
 
-def _number(name: str) -> int:
+def number_of(name: str) -> int:
+    """The number of the event in a file."""
     return int(name[:8])
 
 
@@ -195,7 +198,7 @@ def _event_of(name: str, content: Any) -> Event:
         raise LedgerError(f"expected version {VERSION}, found {content['version']}; use the autodet that wrote it")
     event = Event(content["number"], content["kind"], content["id"], content["time"], content["payload"])
     check_payload(event.kind, event.payload)
-    if event_name(event) != name:
+    if event.number != number_of(name):
         raise ValueError(f"its content says {event_name(event)}")
     return event
 

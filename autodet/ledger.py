@@ -1,9 +1,9 @@
 """The run's ledger: the truth about a run, as one small immutable file per event.
 
-    RUN/config.json                          settings, immutable but for extensions, with their history
-    RUN/events/00000042-asked-000017.json    sequence number, kind, candidate's id
-    RUN/records.jsonl, RUN/summary.csv       views, rebuilt from the events at any time
-    RUN/lease.json                           who writes now
+    RUN/config.json                    settings, immutable but for extensions, with their history
+    RUN/events/00000042.json           by sequence number: kind, candidate's id, when, and what
+    RUN/records.jsonl, RUN/summary.csv views, rebuilt from the events at any time
+    RUN/lease.json                     who writes now
 
 One writer, any number of readers. Nothing here knows what is searched for.
 """
@@ -24,7 +24,17 @@ from types import TracebackType
 from typing import Any
 
 from autodet.atomic import WriteError, atomic_write_bytes, atomic_write_json, plain_json
-from autodet.event_files import EVENTS, VERSION, LedgerError, Rules, event_name, event_names, read_events, set_aside
+from autodet.event_files import (
+    EVENTS,
+    VERSION,
+    LedgerError,
+    Rules,
+    event_name,
+    event_names,
+    number_of,
+    read_events,
+    set_aside,
+)
 from autodet.lease import Lease, LeaseHeld, LeaseLost
 from autodet.records import Event, Kind, Record, check_payload, records_from
 from autodet.working_copy import update
@@ -197,9 +207,8 @@ class Ledger:
 
     def _refuse_foreign_events(self) -> None:
         """The folder changed since this writer's last event: an event it does not know means a second writer."""
-        known = {event_name(event) for event in self._events}
         for name in event_names(self.run_dir):
-            if name not in known:
+            if number_of(name) >= len(self._events):
                 raise LedgerError(_foreign(self.run_dir / EVENTS / name))
 
 

@@ -40,13 +40,22 @@ def event_names(ledger: Ledger) -> list[str]:
     return sorted(path.name for path in (ledger.run_dir / "events").glob("*.json"))
 
 
-def test_events_are_files_with_speaking_names(ledger: Ledger) -> None:
+def test_events_are_files_named_by_their_numbers(ledger: Ledger) -> None:
+    """So that two drivers that write at once cannot both succeed, whatever they write."""
     fill(ledger, 1)
-    assert event_names(ledger) == [
-        "00000000-asked-000000.json",
-        "00000001-reported-000000.json",
-        "00000002-told-000000.json",
-    ]
+    assert event_names(ledger) == ["00000000.json", "00000001.json", "00000002.json"]
+
+
+def test_runs_whose_files_are_named_by_kind_and_candidate_go_on(ledger: Ledger) -> None:
+    fill(ledger, 2)
+    ledger.close()
+    before = ledger.events()
+    for path, event in zip(sorted((ledger.run_dir / "events").glob("*.json")), before, strict=True):
+        path.rename(path.with_name(f"{path.stem}-{event.kind}-{event.id:06d}.json"))
+    with Ledger.resume(ledger.run_dir) as resumed:
+        assert resumed.events() == before
+        latest = resumed.append("asked", 2, ASKED)
+        assert Ledger.open(ledger.run_dir).events() == [*before, latest]
 
 
 def test_reader_sees_what_the_writer_was_given_back(ledger: Ledger) -> None:
@@ -110,7 +119,7 @@ def test_writer_whose_lease_was_taken_stops(ledger: Ledger) -> None:
 
 def test_number_that_another_writer_used_is_not_used_again(ledger: Ledger) -> None:
     fill(ledger, 1)
-    foreign = ledger.run_dir / "events" / "00000003-told-000009.json"
+    foreign = ledger.run_dir / "events" / "00000003.json"
     foreign.write_text("{}")
     with pytest.raises(LedgerError, match="another writer"):
         ledger.append("asked", 1, ASKED)
@@ -119,7 +128,7 @@ def test_number_that_another_writer_used_is_not_used_again(ledger: Ledger) -> No
 
 def test_existing_event_file_is_never_overwritten(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ledger, "_modified", lambda self: 0)  # a disk whose times are too coarse to notice
-    foreign = ledger.run_dir / "events" / "00000000-asked-000000.json"
+    foreign = ledger.run_dir / "events" / "00000000.json"
     foreign.write_text("theirs")
     with pytest.raises(LedgerError, match="another writer"):
         ledger.append("asked", 0, ASKED)
@@ -185,9 +194,9 @@ def test_torn_last_event_is_set_aside_by_the_writer_only(ledger: Ledger, caplog:
 def test_damage_before_the_end_names_file_and_remedy(ledger: Ledger, content: bytes) -> None:
     fill(ledger, 2)
     ledger.close()
-    (ledger.run_dir / "events" / "00000002-told-000000.json").write_bytes(content)
+    (ledger.run_dir / "events" / "00000002.json").write_bytes(content)
     for opening in (Ledger.open, Ledger.resume):
-        with pytest.raises(LedgerError, match=r"00000002-told-000000\.json.*Restore it.*3 later events"):
+        with pytest.raises(LedgerError, match=r"00000002\.json.*Restore it.*3 later events"):
             opening(ledger.run_dir).events()
     with pytest.raises(LedgerError, match="Restore it"):
         Ledger.resume(ledger.run_dir)  # and not LeaseHeld: a failed resume keeps no lease
@@ -222,21 +231,21 @@ def test_gap_twice_the_same_number_and_broken_order(ledger: Ledger) -> None:
     ledger.close()
     events = ledger.run_dir / "events"
     copy = events / "00000001-reported-000001.json"
-    copy.write_bytes((events / "00000001-reported-000000.json").read_bytes())
+    copy.write_bytes((events / "00000001.json").read_bytes())
     with pytest.raises(LedgerError, match="one event with number 1"):
         Ledger.open(ledger.run_dir).events()
     copy.unlink()
-    (events / "00000001-reported-000000.json").rename(events / "00000001-reported-000001.json")
-    with pytest.raises(LedgerError, match="its content says 00000001-reported-000000"):
+    (events / "00000001.json").write_bytes((events / "00000002.json").read_bytes())
+    with pytest.raises(LedgerError, match=r"its content says 00000002\.json"):
         Ledger.open(ledger.run_dir).events()
-    (events / "00000001-reported-000001.json").unlink()
+    (events / "00000001.json").unlink()
     with pytest.raises(LedgerError, match="expected event 1 next, found 2"):
         Ledger.open(ledger.run_dir).events()
 
 
 def test_leftovers_of_a_killed_writer_are_no_events(ledger: Ledger) -> None:
     fill(ledger, 1)
-    leftover = ledger.run_dir / "events" / ".00000003-asked-000001.json.123.abcd.tmp"
+    leftover = ledger.run_dir / "events" / ".00000003.json.123.abcd.tmp"
     leftover.write_text('{"ver')
     assert len(Ledger.open(ledger.run_dir).events()) == 3
     ledger.close()

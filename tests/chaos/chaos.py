@@ -219,7 +219,7 @@ def commands(folder: Path, output: str, budget: int) -> dict[str, list[str]]:
 
 def begun(run: Path) -> bool:
     """Whether a candidate has been asked: faults before that only delay the start."""
-    return any((run / "events").glob("*-asked-*"))
+    return any((run / "events").glob("*.json"))
 
 
 def _processes() -> Iterator[tuple[int, str, int]]:

@@ -22,6 +22,7 @@ from options import main_of
 from autodet.data import write_shapes
 from autodet.detectors import load_detector
 from autodet.distill import Formula
+from autodet.event_files import new_events
 from autodet.ledger import Ledger
 from autodet.records import Event
 from autodet.results.frame import read_run
@@ -40,7 +41,7 @@ def stop_after(count: int, number: signal.Signals, folder: Path, arguments: list
     command = [sys.executable, str(SCRIPTS / "search_distiller.py"), *arguments]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while len(list((folder / "events").glob("*-told-*"))) < count and time.monotonic() < deadline:
+    while sum(event.kind == "told" for event in new_events(folder, 0)) < count and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, number)

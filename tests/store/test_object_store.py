@@ -65,12 +65,12 @@ def test_what_is_written_into_a_copy_is_in_the_store(url: str) -> None:
 
 def test_another_machine_sees_the_same_files(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = local_path(url)
-    for name in ("config.json", "events/00000000-asked-000000.json", "weights/abc.safetensors", "trials/000001/c.pt"):
+    for name in ("config.json", "events/00000000.json", "weights/abc.safetensors", "trials/000001/c.pt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(folder / name, name.encode())
     other = other_machine(url, monkeypatch)
     names = {path.relative_to(other).as_posix() for path in other.rglob("[!.]*") if path.is_file()}
-    assert names == {"config.json", "events/00000000-asked-000000.json", "weights/abc.safetensors"}
+    assert names == {"config.json", "events/00000000.json", "weights/abc.safetensors"}
     assert all((other / name).read_bytes() == name.encode() for name in names)
     fetch(other / "trials/000001/c.pt")  # by the trial that goes on from it
     assert (other / "trials/000001/c.pt").read_bytes() == b"trials/000001/c.pt"

@@ -14,7 +14,7 @@ from autodet import lease as lease_module
 from autodet import object_store
 from autodet.atomic import atomic_write_bytes
 from autodet.lease import Lease, LeaseHeld, LeaseLost
-from autodet.ledger import Ledger, is_run
+from autodet.ledger import Ledger, LedgerError, is_run
 from autodet.object_store import COPIED, Changed, Place, StoreError, Version, declare_copy
 from autodet.working_copy import ROOT, local_path, update
 
@@ -91,6 +91,16 @@ def test_an_event_that_the_store_did_not_take_is_not_recorded(url: str, monkeypa
         ledger.append("asked", 1, ASKED)
     update(folder)
     assert [event.id for event in Ledger.open(folder).events()] == [0, 1]
+
+
+def test_two_drivers_that_write_at_once_cannot_both_succeed(url: str) -> None:
+    """As where one was frozen between looking at its lease and writing."""
+    with Ledger.create(local_path(url), {}) as ledger:
+        ledger.append("asked", 0, ASKED)
+        Place(url, "events/00000001.json").write(b"what the other one told")
+        with pytest.raises(LedgerError, match="another writer"):
+            ledger.append("asked", 1, ASKED)
+    assert Place(url, "events/00000001.json").read() is not None
 
 
 def test_on_googles_store_a_lease_is_renewed_and_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

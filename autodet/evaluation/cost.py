@@ -61,7 +61,8 @@ def measure_latencies_interleaved(
 
 
 class LatencyRatio(NamedTuple):
-    """Times of one detector over those of another, measured by turns: median, its standard error, rounds."""
+    """Times of one detector over those of another, measured by turns: median (where there are several images, the mean
+    of each one's median), its standard error, rounds."""
 
     ratio: float
     spread: float
@@ -75,29 +76,38 @@ def measure_latency_ratio(
     threads: int = 1,
     precision: float = 0.01,
     most: int = 60,
-    warmup: int = 2,
+    images: int = 1,
 ) -> LatencyRatio:
     """How much longer ``run`` takes than ``base``, timed in rounds until the median's standard error is small.
 
-    precision: of the error, as a share of the ratio; most: rounds, if it is not reached. The error is that of a median,
-    1.2533 σ/√n, with σ from the quartiles, so that single disturbances hardly count.
+    precision: of the error, as a share of the ratio; most: rounds, if it is not reached. images: that the runs take in
+    turn, one a call. How the ratio differs between them is no error; that is of a median, 1.2533 σ/√n, with σ from the
+    quartiles of what each image's rounds differ from their own median by, so that single disturbances hardly count.
     """
-    device = torch.device(device)
+    device, warmup = torch.device(device), -(-2 // images) * images  # all images, twice where there is one
     ratios: list[float] = []
     with _cpu_threads(threads), torch.no_grad():
         for turn in range(-warmup, most):
-            first, second = (run, base) if turn % 2 else (base, run)
+            # The order changes with every look at an image, so that being first is no image's own.
+            first, second = (run, base) if turn // images % 2 else (base, run)
             times = {first: _timed(first, device), second: _timed(second, device)}
             if turn >= 0:
                 ratios.append(times[run] / times[base])
-            if turn + 1 >= LEAST_ROUNDS and _median_error(ratios) <= precision * float(np.median(ratios)):
-                break
-    return LatencyRatio(float(np.median(ratios)), _median_error(ratios), len(ratios))
+            if turn + 1 >= max(LEAST_ROUNDS, 2 * images) and (turn + 1) % images == 0:
+                ratio, error = _ratio(ratios, images)
+                if error <= precision * ratio:
+                    break
+    return LatencyRatio(*_ratio(ratios, images), len(ratios))
 
 
-def _median_error(values: list[float]) -> float:
-    low, high = np.percentile(values, (25, 75))
-    return 1.2533 * float(high - low) / 1.349 / math.sqrt(len(values))
+def _ratio(ratios: list[float], images: int) -> tuple[float, float]:
+    """See ``measure_latency_ratio``: ratio and error."""
+    of_images = [ratios[place::images] for place in range(images) if ratios[place::images]]
+    medians = [float(np.median(values)) for values in of_images]
+    rest = [value - median for values, median in zip(of_images, medians, strict=True) for value in values]
+    low, high = np.percentile(rest, (25, 75))
+    known = max(1, len(rest) - len(medians))  # each median takes one of them
+    return float(np.mean(medians)), 1.2533 * float(high - low) / 1.349 / math.sqrt(known)
 
 
 def count_macs(run: Callable[..., object], *inputs: object) -> float:

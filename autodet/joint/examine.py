@@ -87,6 +87,7 @@ class Examiner:
                 task.threads,
                 precision,
                 rounds,
+                len(images),
             )
         return RelativeCost(found.ratio, found.spread, found.ratio * self.base_ms, macs, params)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,15 @@ def test_a_steady_ratio_ends_soon_and_an_unsteady_one_goes_on() -> None:
     times = iter([0.001, 0.004, 0.004, 0.001] * 200)
     unsteady = measure_latency_ratio(lambda: time.sleep(next(times)), lambda: time.sleep(0.002), most=25)
     assert unsteady.rounds == 25 and unsteady.spread > 0.01 * unsteady.ratio
+
+
+def test_how_the_ratio_differs_between_images_is_no_error() -> None:
+    """Each image's ratio is steady, so few rounds are enough, and the result is their mean."""
+
+    def sleeps(milliseconds: Sequence[float]) -> Callable[[], None]:
+        turn = cycle(milliseconds)
+        return lambda: time.sleep(next(turn) / 1000)
+
+    found = measure_latency_ratio(sleeps((4, 8, 12, 16)), sleeps((4, 4, 4, 4)), precision=0.05, images=4)
+    assert found.rounds <= 24 and found.spread <= 0.05 * found.ratio
+    assert found.ratio == pytest.approx((1 + 2 + 3 + 4) / 4, rel=0.1)

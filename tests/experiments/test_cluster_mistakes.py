@@ -19,7 +19,8 @@ import train_detector
 import train_teacher_pool
 import upgrade_detector
 from options import main_of, recorded, source
-from s3_server import free_port, make_bucket, s3_server, settings_of
+from s3_server import free_port, make_bucket, s3_server
+from store_machines import reach
 from upgrading import pool_placement
 
 from autodet import object_store
@@ -39,9 +40,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def place(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, from which an object store can be reached."""
-    for name, value in settings_of(server, tmp_path / "copies").items():
-        monkeypatch.setenv(name, value)
-    object_store._store.cache_clear()
+    reach(server, tmp_path / "copies", monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -7,9 +7,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from s3_server import make_bucket, s3_server, settings_of
-
-from autodet import object_store
+from s3_server import make_bucket, s3_server
+from store_machines import reach
 
 NUMBERS = count()
 
@@ -23,9 +22,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def url(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder in a bucket of its own; copies lie below tmp_path."""
-    for name, value in settings_of(server, tmp_path / "copies").items():
-        monkeypatch.setenv(name, value)
-    object_store._store.cache_clear()
+    reach(server, tmp_path / "copies", monkeypatch)
     bucket = f"bucket-{next(NUMBERS)}"
     make_bucket(server, bucket)
     return f"s3://{bucket}/runs/a"

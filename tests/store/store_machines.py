@@ -7,12 +7,21 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from s3_server import settings_of
 
+from autodet import object_store
 from autodet.object_store import COPIED, copies, declare_copy
 from autodet.working_copy import ROOT, local_path, read_path, update
 
 NUMBERS = count()
 ASKED = {"candidate": {"formula": "none", "inherit": False, "replicate": 0}, "phase": "divide", "group": "global"}
+
+
+def reach(server: str, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process be a client of a server that has no copies yet."""
+    for name, value in settings_of(server, copies).items():
+        monkeypatch.setenv(name, value)
+    object_store._store.cache_clear()
 
 
 def other_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> Path:

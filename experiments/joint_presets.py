@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from presets import Preset, preset_of, recipe
 
 from autodet.detectors import DetectorSpec
+from autodet.detectors.traits import TRAITS
 from autodet.morphism.actions import Steps
 from autodet.training import TrainSettings
 
@@ -46,7 +47,7 @@ class JointPreset:
     def inputs_of(self, family: str) -> tuple[str, ...]:
         """The knowledge inputs to search: responses first, which mean the same in any two detectors of a family."""
         dense = {"logits.roi": "logits.dense", "localization.roi": "localization.dense"}
-        return self.inputs if family == "faster_rcnn" else tuple(dense.get(name, name) for name in self.inputs)
+        return self.inputs if TRAITS[family].two_stage else tuple(dense.get(name, name) for name in self.inputs)
 
     def steps_for(self, base: DetectorSpec) -> Steps:
         """The sizes of steps from a base."""

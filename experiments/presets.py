@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autodet.detectors import Arch, DetectorSpec, torchvision_spec
+from autodet.detectors import Arch, DetectorSpec, standard_spec
 from autodet.search.ask_tell import Rules
 from autodet.search.divide_conquer import DivideSettings
 from autodet.search.evolution import Breeding
@@ -180,7 +180,7 @@ def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, 
 
 def standard(family: str, body: Arch) -> DetectorSpec:
     """torchvision's <family>_resnet50_fpn with another body, and norms that learn."""
-    return torchvision_spec(family, body, ((1, "object"),))
+    return standard_spec(family, body, ((1, "object"),))
 
 
 def recipe(epochs: int, lr: float = 2e-3, ema: float = 0.97, batch_size: int = 8) -> TrainSettings:

@@ -3,7 +3,7 @@
 from autodet.detectors.arch import Arch
 from autodet.detectors.build import adapt, build, detect, is_detector_file, load_detector, save_detector, steps_of
 from autodet.detectors.foreign import detector_of_state_dict, load_any_detector
-from autodet.detectors.spec import DetectorSpec, SpecError, torchvision_spec
+from autodet.detectors.spec import DetectorSpec, SpecError, standard_spec
 from autodet.detectors.steps import Dense, Detector, Features, Inputs, Regions, Target, TwoStage
 
 __all__ = [
@@ -25,6 +25,6 @@ __all__ = [
     "load_any_detector",
     "load_detector",
     "save_detector",
+    "standard_spec",
     "steps_of",
-    "torchvision_spec",
 ]

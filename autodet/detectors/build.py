@@ -9,42 +9,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 
-from autodet.detectors.faster_rcnn import FasterRCNNSteps, build_faster_rcnn, describe_faster_rcnn
-from autodet.detectors.fcos import FCOSSteps, build_fcos, describe_fcos
-from autodet.detectors.retinanet import RetinaNetSteps, build_retinanet, describe_retinanet
+from autodet.detectors import faster_rcnn, fcos, retinanet
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.steps import Detector, Target
+from autodet.detectors.steps import Detector, Family, Target
 from autodet.detectors.weights import load_strict, load_weights, metadata_of, save_weights
+
+# A family whose models are also those of another, or whose weights hold the other's, comes first.
+FAMILY_OF: Mapping[str, Family] = {
+    "faster_rcnn": faster_rcnn.FAMILY,
+    "retinanet": retinanet.FAMILY,
+    "fcos": fcos.FAMILY,
+}
 
 
 def build(spec: DetectorSpec) -> Detector:
     """A detector with fresh weights, drawn from torch's generator."""
-    if spec.family == "faster_rcnn":
-        return FasterRCNNSteps(build_faster_rcnn(spec), spec)
-    if spec.family == "retinanet":
-        return RetinaNetSteps(build_retinanet(spec), spec)
-    return FCOSSteps(build_fcos(spec), spec)
+    family = FAMILY_OF[spec.family]
+    return family.steps(family.build(spec), spec)
 
 
 def steps_of(model: nn.Module, spec: DetectorSpec) -> Detector:
     """The steps around a plain model that fits the spec, such as averaged weights."""
-    if isinstance(model, FasterRCNN):
-        return FasterRCNNSteps(model, spec)
-    return RetinaNetSteps(model, spec) if isinstance(model, RetinaNet) else FCOSSteps(model, spec)
+    return FAMILY_OF[spec.family].steps(model, spec)
 
 
 def adapt(model: nn.Module, labels: Sequence[tuple[int, str]]) -> Detector:
     """A user's torchvision model as a detector; labels: (category id, name) of its label 1, 2, …"""
-    if isinstance(model, FasterRCNN):
-        return FasterRCNNSteps(model, describe_faster_rcnn(model, labels))
-    if isinstance(model, RetinaNet):
-        return RetinaNetSteps(model, describe_retinanet(model, labels))
-    if isinstance(model, FCOS):
-        return FCOSSteps(model, describe_fcos(model, labels))
-    known = "FasterRCNN, RetinaNet or FCOS"
-    raise SpecError(f"Expected a torchvision {known}, found {type(model).__name__}: no adapter for that family.")
+    for family in FAMILY_OF.values():
+        if isinstance(model, family.model):
+            return family.steps(model, family.describe(model, labels))
+    known = ", ".join(family.model.__name__ for family in FAMILY_OF.values())
+    raise SpecError(f"Expected a model among {known}, found {type(model).__name__}: no adapter for that family.")
 
 
 def detect(detector: Detector, images: list[Tensor]) -> list[Target]:

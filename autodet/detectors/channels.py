@@ -7,34 +7,17 @@ pruning channels all need this table, and nothing else about the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from autodet.detectors.arch import STAGES, Arch
+from autodet.detectors.build import FAMILY_OF
+from autodet.detectors.dims import Groups, Named, biased, group_of, normed, size_of
 from autodet.detectors.spec import BODY_STRIDES, DetectorSpec
 
-
-class Blocks(NamedTuple):
-    """A dimension in which each channel of a group is ``size`` neighbouring places.
-
-    A fully connected layer sees roi_size² of them of each channel; of a group norm only all channels of a group can go.
-    """
-
-    group: str
-    size: int
-
-
-Dim = str | Blocks | None
-Groups = tuple[Dim, ...]  # a tensor's dimensions → the group of channels that each is, None for all others
-BODY, FPN, ROI = "backbone.body.", "backbone.fpn.", "roi_heads."
-TOWERS = ("classification", "regression")
-RESPONSES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "retinanet": {"classification": ("cls_logits",), "regression": ("bbox_reg",)},
-    "fcos": {"classification": ("cls_logits",), "regression": ("bbox_reg", "bbox_ctrness")},
-}
+BODY, FPN = "backbone.body.", "backbone.fpn."
 
 
 def channel_groups(spec: DetectorSpec) -> dict[str, Groups]:
@@ -47,17 +30,13 @@ def channel_groups(spec: DetectorSpec) -> dict[str, Groups]:
     """
     groups = {BODY + name: dims for name, dims in _body_groups(spec.body)}
     groups |= dict(_pyramid_groups(spec))
-    return groups | dict(_two_stage_groups(spec) if spec.two_stage else _one_stage_groups(spec))
+    return groups | dict(FAMILY_OF[spec.family].head_groups(spec))
 
 
 def channel_counts(spec: DetectorSpec) -> dict[str, int]:
     """Channels of each group; of a group that only goes in blocks, the number of blocks."""
-    counts = body_counts(spec.body) | {"inner": spec.neck_width, "outer": spec.neck_width}
-    if spec.two_stage:
-        towers = {f"rpn.{index}": spec.neck_width for index in range(spec.rpn_depth)}
-        return counts | towers | {"fc6": spec.head_width, "fc7": spec.head_width}
-    width = spec.head_groups or spec.neck_width
-    return counts | {f"{tower}.{index}": width for tower in TOWERS for index in range(spec.head_depth)}
+    pyramid = {"inner": spec.neck_width, "outer": spec.neck_width}
+    return body_counts(spec.body) | pyramid | FAMILY_OF[spec.family].head_counts(spec)
 
 
 def body_counts(arch: Arch) -> dict[str, int]:
@@ -87,16 +66,6 @@ def select(tensor: Tensor, groups: Groups, channels: Mapping[str, Tensor]) -> Te
     return tensor
 
 
-def group_of(dim: str | Blocks) -> str:
-    """The name of a dimension's group."""
-    return dim.group if isinstance(dim, Blocks) else dim
-
-
-def size_of(dim: str | Blocks) -> int:
-    """Places of each channel in a dimension."""
-    return dim.size if isinstance(dim, Blocks) else 1
-
-
 def producers(groups: Mapping[str, Groups]) -> dict[str, list[str]]:
     """Group → names of the weights whose outputs it is."""
     made: dict[str, list[str]] = {}
@@ -120,9 +89,9 @@ def norm_after(weight: str) -> str | None:
     return f"{stem}bn{last}"
 
 
-def _body_groups(arch: Arch) -> Iterator[tuple[str, Groups]]:
+def _body_groups(arch: Arch) -> Named:
     stem = _stem_group(arch)
-    yield from _normed("conv1", stem, None, "bn1")
+    yield from normed("conv1", stem, None, "bn1")
     before = stem
     for number, stage in enumerate(arch.stages, 1):
         outputs = f"layer{number}"
@@ -131,67 +100,22 @@ def _body_groups(arch: Arch) -> Iterator[tuple[str, Groups]]:
             inputs: str | None = before
             for conv in _inner_convs(arch):
                 inner = f"{block}{conv}" if arch.groups == 1 else None
-                yield from _normed(f"{block}{conv}", inner, inputs, f"{block}{conv.replace('conv', 'bn')}")
+                yield from normed(f"{block}{conv}", inner, inputs, f"{block}{conv.replace('conv', 'bn')}")
                 inputs = inner
             last = "2" if arch.block == "basic" else "3"
-            yield from _normed(f"{block}conv{last}", outputs, inputs, f"{block}bn{last}")
+            yield from normed(f"{block}conv{last}", outputs, inputs, f"{block}bn{last}")
             if index == 0 and (number > 1 or stem == "conv1"):
-                yield from _normed(f"{block}downsample.0", outputs, before, f"{block}downsample.1")
+                yield from normed(f"{block}downsample.0", outputs, before, f"{block}downsample.1")
             before = outputs
 
 
-def _pyramid_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:
+def _pyramid_groups(spec: DetectorSpec) -> Named:
     for index, stride in enumerate(spec.body_levels):
-        yield from _biased(f"{FPN}inner_blocks.{index}.0", "inner", f"layer{BODY_STRIDES.index(stride) + 1}")
-        yield from _biased(f"{FPN}layer_blocks.{index}.0", "outer", "inner")
+        yield from biased(f"{FPN}inner_blocks.{index}.0", "inner", f"layer{BODY_STRIDES.index(stride) + 1}")
+        yield from biased(f"{FPN}layer_blocks.{index}.0", "outer", "inner")
     if spec.top != "pool":
-        yield from _biased(f"{FPN}extra_blocks.p6", "outer", f"layer{STAGES}" if spec.top == "body" else "outer")
-        yield from _biased(f"{FPN}extra_blocks.p7", "outer", "outer")
-
-
-def _two_stage_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:
-    before = "outer"
-    for index in range(spec.rpn_depth):
-        yield from _biased(f"rpn.head.conv.{index}.0", f"rpn.{index}", before)
-        before = f"rpn.{index}"
-    for name in ("cls_logits", "bbox_pred"):
-        yield f"rpn.head.{name}.weight", (None, before)
-    yield from _biased(f"{ROI}box_head.fc6", "fc6", Blocks("outer", spec.roi_size**2))
-    yield from _biased(f"{ROI}box_head.fc7", "fc7", "fc6")
-    for name in ("cls_score", "bbox_pred"):
-        yield f"{ROI}box_predictor.{name}.weight", (None, "fc7")
-
-
-def _one_stage_groups(spec: DetectorSpec) -> Iterator[tuple[str, Groups]]:
-    for tower in TOWERS:
-        head = f"head.{tower}_head."
-        before: Dim = "outer"
-        for index in range(spec.head_depth):
-            made = f"{tower}.{index}"
-            outputs: Dim = Blocks(made, spec.neck_width // spec.head_groups) if spec.head_groups else made
-            # torchvision numbers FCOS's layers in one row, of three a convolution, RetinaNet's in nested pairs.
-            nested = spec.family == "retinanet"
-            conv, norm = (f"{index}.0", f"{index}.1") if nested else (str(3 * index), str(3 * index + 1))
-            yield f"{head}conv.{conv}.weight", (outputs, before)
-            if not (nested and spec.head_groups):  # before a norm these convolutions have no bias
-                yield f"{head}conv.{conv}.bias", (outputs,)
-            if spec.head_groups:
-                yield f"{head}conv.{norm}.weight", (outputs,)
-                yield f"{head}conv.{norm}.bias", (outputs,)
-            before = outputs
-        for name in RESPONSES[spec.family][tower]:
-            yield f"{head}{name}.weight", (None, before)
-
-
-def _biased(layer: str, outputs: Dim, inputs: Dim) -> Iterator[tuple[str, Groups]]:
-    yield f"{layer}.weight", (outputs, inputs)
-    yield f"{layer}.bias", (outputs,)
-
-
-def _normed(convolution: str, outputs: Dim, inputs: Dim, norm: str) -> Iterator[tuple[str, Groups]]:
-    yield f"{convolution}.weight", (outputs, inputs)
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        yield f"{norm}.{part}", (outputs,)
+        yield from biased(f"{FPN}extra_blocks.p6", "outer", f"layer{STAGES}" if spec.top == "body" else "outer")
+        yield from biased(f"{FPN}extra_blocks.p7", "outer", "outer")
 
 
 def _inner_convs(arch: Arch) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from autodet.detectors.dims import Blocks, Named, biased
 from autodet.detectors.pyramid import (
     PyramidSteps,
     build_backbone,
@@ -23,7 +25,10 @@ from autodet.detectors.pyramid import (
     unsaid_frame,
 )
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.steps import Dense, Features, Inputs, Regions, Target
+from autodet.detectors.state import Read, State, count, octaves_of, sizes
+from autodet.detectors.steps import Dense, Family, Features, Inputs, Regions, Target
+
+ROI = "roi_heads."
 
 
 class FasterRCNNSteps(PyramidSteps):
@@ -188,3 +193,54 @@ def _unsaid(model: FasterRCNN) -> dict[str, object]:
         "matchers": (matching(rpn.proposal_matcher), matching(heads.proposal_matcher)),
         "box_coders": (tuple(rpn.box_coder.weights), tuple(heads.box_coder.weights)),
     }
+
+
+def read_faster_rcnn(state: State) -> Read | None:
+    """Classes and fields that the heads' tensors tell."""
+    if "rpn.head.cls_logits.weight" not in state:
+        return None
+    if f"{ROI}box_head.fc6.weight" not in state:
+        raise SpecError(
+            "expected a box head of two layers (roi_heads.box_head.fc6), found another one, as that of "
+            "fasterrcnn_resnet50_fpn_v2: there is no adapter for it."
+        )
+    anchors, width = sizes(state, "rpn.head.bbox_pred.weight", 4)[:2]
+    head_width, inputs = sizes(state, f"{ROI}box_head.fc6.weight", 2)
+    return sizes(state, f"{ROI}box_predictor.cls_score.weight", 2)[0] - 1, {
+        "anchor_octaves": octaves_of({3: 1}, anchors // 4),
+        "rpn_depth": count(state, "rpn.head.conv.{}.0.weight"),
+        "head_width": head_width,
+        "roi_size": math.isqrt(inputs // width),
+    }
+
+
+def head_groups(spec: DetectorSpec) -> Named:
+    """Channels of the proposal network's and of the box head's layers."""
+    before = "outer"
+    for index in range(spec.rpn_depth):
+        yield from biased(f"rpn.head.conv.{index}.0", f"rpn.{index}", before)
+        before = f"rpn.{index}"
+    for name in ("cls_logits", "bbox_pred"):
+        yield f"rpn.head.{name}.weight", (None, before)
+    yield from biased(f"{ROI}box_head.fc6", "fc6", Blocks("outer", spec.roi_size**2))
+    yield from biased(f"{ROI}box_head.fc7", "fc7", "fc6")
+    for name in ("cls_score", "bbox_pred"):
+        yield f"{ROI}box_predictor.{name}.weight", (None, "fc7")
+
+
+def head_counts(spec: DetectorSpec) -> dict[str, int]:
+    """Channels of those layers."""
+    towers = {f"rpn.{index}": spec.neck_width for index in range(spec.rpn_depth)}
+    return towers | {"fc6": spec.head_width, "fc7": spec.head_width}
+
+
+FAMILY = Family(
+    model=FasterRCNN,
+    steps=FasterRCNNSteps,
+    build=build_faster_rcnn,
+    describe=describe_faster_rcnn,
+    read=read_faster_rcnn,
+    head_groups=head_groups,
+    head_counts=head_counts,
+    class_layers={f"{ROI}box_predictor.cls_score": 1, f"{ROI}box_predictor.bbox_pred": 4},
+)

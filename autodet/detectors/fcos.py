@@ -11,10 +11,12 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 
+from autodet.detectors.dims import Named, tower_counts, tower_groups
 from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.steps import Dense, Features, Inputs, Target
+from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, one_stage
+from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
 
 class FCOSSteps(PyramidSteps):
@@ -94,3 +96,29 @@ def _unsaid(model: FCOS) -> dict[str, object]:
         "center_sampling_radius": model.center_sampling_radius,
         "box_coders": (model.box_coder.normalize_by_size, model.head.box_coder.normalize_by_size),
     }
+
+
+def read_fcos(state: State) -> Read | None:
+    """Classes and fields that the head's tensors tell."""
+    if f"{REGRESS}bbox_ctrness.weight" not in state:
+        return None
+    classes, head = one_stage(state, {1: 1})
+    return classes, head | {"head_depth": count(state, CLASSIFY + "conv.{}.weight", step=3)}  # convolution, norm, ReLU
+
+
+def head_groups(spec: DetectorSpec) -> Named:
+    """The towers' channels."""
+    yield from tower_groups(spec, "classification", False, ("cls_logits",))
+    yield from tower_groups(spec, "regression", False, ("bbox_reg", "bbox_ctrness"))
+
+
+FAMILY = Family(
+    model=FCOS,
+    steps=FCOSSteps,
+    build=build_fcos,
+    describe=describe_fcos,
+    read=read_fcos,
+    head_groups=head_groups,
+    head_counts=tower_counts,
+    class_layers={f"{CLASSIFY}cls_logits": 1},
+)

@@ -12,6 +12,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
+from autodet.detectors.dims import Named, tower_counts, tower_groups
 from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import (
     PyramidSteps,
@@ -22,7 +23,10 @@ from autodet.detectors.pyramid import (
     unsaid_frame,
 )
 from autodet.detectors.spec import DetectorSpec, SpecError, octaves
-from autodet.detectors.steps import Dense, Features, Inputs, Target
+from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, one_stage
+from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
+
+V2_GROUPS = 32  # of the group norms of torchvision's second version
 
 
 class RetinaNetSteps(PyramidSteps):
@@ -104,3 +108,31 @@ def _unsaid(model: RetinaNet) -> dict[str, object]:
         "matcher": matching(model.proposal_matcher),
         "box_coders": (tuple(model.box_coder.weights), tuple(model.head.regression_head.box_coder.weights)),
     }
+
+
+def read_retinanet(state: State) -> Read | None:
+    """Classes and fields that the head's tensors tell."""
+    if f"{CLASSIFY}cls_logits.weight" not in state or f"{REGRESS}bbox_ctrness.weight" in state:
+        return None
+    classes, head = one_stage(state, {9: 3, 3: 1})
+    if f"{CLASSIFY}conv.0.1.weight" in state:  # retinanet_resnet50_fpn_v2
+        head |= {"head_groups": V2_GROUPS, "box_loss": "giou"}
+    return classes, head | {"head_depth": count(state, CLASSIFY + "conv.{}.0.weight")}
+
+
+def head_groups(spec: DetectorSpec) -> Named:
+    """The towers' channels."""
+    yield from tower_groups(spec, "classification", True, ("cls_logits",))
+    yield from tower_groups(spec, "regression", True, ("bbox_reg",))
+
+
+FAMILY = Family(
+    model=RetinaNet,
+    steps=RetinaNetSteps,
+    build=build_retinanet,
+    describe=describe_retinanet,
+    read=read_retinanet,
+    head_groups=head_groups,
+    head_counts=tower_counts,
+    class_layers={f"{CLASSIFY}cls_logits": 1},
+)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Final
 
 from autodet.detectors.arch import READ, Arch, ArchError
+from autodet.detectors.traits import TRAITS, Traits
 
-FAMILIES: Final = ("faster_rcnn", "retinanet", "fcos")
-TOPS: Final = {"faster_rcnn": ("pool",), "retinanet": ("neck", "body"), "fcos": ("neck", "body")}
+FAMILIES: Final = tuple(TRAITS)
 ABOVE: Final = {"pool": (64,), "neck": (64, 128), "body": (64, 128)}  # strides of the levels above the body's
 NORMS: Final = ("batch", "frozen")
 BOX_LOSSES: Final = ("l1", "smooth_l1", "ciou", "diou", "giou")  # those of torchvision's RetinaNet
 BODY_STRIDES: Final = (4, 8, 16, 32)
-LEAST_ANCHOR: Final = 2  # torchvision rounds the halves of a side, so that an anchor of 1 pixel has no area
-# torchvision's FCOS gives an object the locations within 1.5 anchor sizes of its centre, so that an anchor below a
-# third of the stride leaves some objects without any.
-FCOS_REACH: Final = 3
 COCO_LABELS: Final = tuple((number, f"COCO category {number}") for number in range(1, 91))  # raw ids, gaps included
 
 
@@ -38,7 +33,7 @@ class DetectorSpec:
     made from: "pool" (64, pooled), or convolutions (64 and 128) on the "neck"'s or the "body"'s last map.
     Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's,
     anchor_octaves and box_loss RetinaNet's, head_depth to candidates those of RetinaNet and FCOS, whose anchor_sizes
-    are the unit of its distances. ``torchvision_spec`` gives each family torchvision's own values.
+    are the unit of its distances. ``standard_spec`` gives each family torchvision's own values.
     """
 
     family: str
@@ -86,7 +81,12 @@ class DetectorSpec:
     @property
     def two_stage(self) -> bool:
         """Whether a second stage looks at regions."""
-        return self.family == "faster_rcnn"
+        return self.traits.two_stage
+
+    @property
+    def traits(self) -> Traits:
+        """What is particular to its family."""
+        return TRAITS[self.family]
 
     @property
     def anchors_per_location(self) -> int:
@@ -157,7 +157,7 @@ class DetectorSpec:
         An FCOS's anchors stay large enough for every object to have a location.
         """
         scale = pixels / self.min_size
-        least = [math.ceil(stride / FCOS_REACH) if self.family == "fcos" else LEAST_ANCHOR for stride in self.levels]
+        least = [self.traits.least_anchor(stride) for stride in self.levels]
         anchors = tuple(max(low, round(size * scale)) for low, size in zip(least, self.anchor_sizes, strict=True))
         return replace(self, min_size=pixels, max_size=round(self.max_size * scale), anchor_sizes=anchors)
 
@@ -181,32 +181,21 @@ def octaves(size: int, count: int) -> tuple[int, ...]:
     return tuple(int(size * 2 ** (i / count)) for i in range(count))
 
 
-def torchvision_spec(family: str, body: Arch, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
-    """torchvision's ``<family>_resnet50_fpn`` with another body, other classes, and norms that learn."""
-    one_stage: dict[str, Any] = {"levels": (8, 16, 32, 64, 128), "top": "neck"}
-    values: dict[str, dict[str, Any]] = {
-        "faster_rcnn": {},
-        "retinanet": one_stage | {"anchor_octaves": 3, "detections": 300},
-        "fcos": one_stage
-        | {
-            "anchor_sizes": (8, 16, 32, 64, 128),
-            "anchor_ratios": (1.0,),
-            "head_groups": 32,
-            "score_threshold": 0.2,
-            "nms_threshold": 0.6,
-        },
-    }
-    if family not in values:
+def standard_spec(family: str, body: Arch, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
+    """The family's usual detector (torchvision's ``<family>_resnet50_fpn`` where it has one) with another body, other
+    classes, and norms that learn."""
+    if family not in FAMILIES:
         raise SpecError(f"Expected a family among {', '.join(FAMILIES)}, found {family!r}.")
-    return DetectorSpec(family=family, body=body, labels=tuple(labels), **values[family])
+    return DetectorSpec(family=family, body=body, labels=tuple(labels), **TRAITS[family].standard)
 
 
 def _problems(spec: DetectorSpec) -> list[str]:
     """Why a spec cannot be built, first reason first."""
     if spec.family not in FAMILIES:
         return [f"family {spec.family!r} is none of {', '.join(FAMILIES)}"]
-    if spec.top not in TOPS[spec.family]:
-        return [f"top {spec.top!r} is none of {', '.join(TOPS[spec.family])}, which a {spec.family} may have"]
+    tops = spec.traits.tops
+    if spec.top not in tops:
+        return [f"top {spec.top!r} is none of {', '.join(tops)}, which a {spec.family} may have"]
     ids = [category for category, _ in spec.labels]
     below = BODY_STRIDES[len(BODY_STRIDES) - len(spec.body_levels) :]
     above = ABOVE[spec.top]
@@ -244,18 +233,16 @@ def _problems(spec: DetectorSpec) -> list[str]:
 
 def _head_problems(spec: DetectorSpec) -> list[tuple[bool, str]]:
     """What only the heads of some families can be."""
+    traits, layers = spec.traits, spec.traits.layers or spec.head_depth
     return [
-        (
-            spec.family != "retinanet" and spec.anchor_octaves != 1,
-            f"anchor_octaves {spec.anchor_octaves} belong to a retinanet; leave them at 1",
+        *(
+            (getattr(spec, name) != value, f"{name} is {getattr(spec, name)}, but always {value} in a {spec.family}")
+            for name, value in traits.fixed.items()
         ),
-        (
-            spec.family == "fcos" and (spec.anchor_ratios != (1.0,) or spec.head_groups < 1),
-            f"an fcos has one anchor of ratio 1 and group norms, found {spec.anchor_ratios} and {spec.head_groups}",
-        ),
+        (traits.grouped and spec.head_groups < 1, f"the head of a {spec.family} has group norms: head_groups is 0"),
         (
             spec.head_groups < 0 or (spec.head_groups > 0 and spec.neck_width % spec.head_groups != 0),
             f"head_groups {spec.head_groups} do not divide neck_width {spec.neck_width}",
         ),
-        (spec.family == "retinanet" and spec.head_depth > 4, f"head_depth {spec.head_depth} is above a retinanet's 4"),
+        (spec.head_depth > layers, f"head_depth {spec.head_depth} is above a {spec.family}'s {layers}"),
     ]

@@ -2,18 +2,21 @@
 
 ``preprocess → features → dense → (proposals → regions) → losses | postprocess``. Distillation reads what lies between
 the steps, so each is a plain method with a value in and a value out. Nothing here trains or downloads. A new family is
-one file with these steps, a builder and a describer, and its lines in ``build`` and ``spec.FAMILIES``.
+one file with these steps and a ``Family`` of what else is particular to it, and its lines in ``build`` and ``traits``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from autodet.detectors.dims import Named
 from autodet.detectors.spec import DetectorSpec
+from autodet.detectors.state import Read, State
 
 Target = dict[
     str, Tensor
@@ -113,3 +116,24 @@ class TwoStage(Detector, Protocol):
     def region_corners(self, regions: Regions) -> Tensor:
         """The regions' boxes of every class, R×(K+1)×4 xyxy, in units of the proposal from its centre."""
         ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family's file says of it to the others.
+
+    model: the class of its plain models. steps: the adapter around one. build: a plain model with fresh weights from
+    torch's generator. describe: the spec of a user's model whose labels are (category id, name); SpecError where a spec
+    cannot say a part. read: what a state dict's head tells, None where it is another family's. head_groups: the head's
+    tensors and whose channels their dimensions are; head_counts: channels of the groups that the head itself makes.
+    class_layers: layers that answer for every class → how many numbers in a row are of one class.
+    """
+
+    model: type[nn.Module]
+    steps: Callable[[Any, DetectorSpec], Detector]
+    build: Callable[[DetectorSpec], nn.Module]
+    describe: Callable[[Any, Sequence[tuple[int, str]]], DetectorSpec]
+    read: Callable[[State], Read | None]
+    head_groups: Callable[[DetectorSpec], Named]
+    head_counts: Callable[[DetectorSpec], dict[str, int]]
+    class_layers: Mapping[str, int]

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from autodet.detectors import Detector, DetectorSpec
+from autodet.detectors.build import FAMILY_OF
 from autodet.distill.inputs import same_anchors
 
 BODY = "backbone.body."
 NECK = "backbone.fpn."
 P6 = f"{NECK}extra_blocks.p6."  # reads the neck's or the body's last map, as ``top`` says
-# One number, or four, for each anchor; for each label.
+# One number, or four, for each anchor.
 ANCHORS = re.compile(r"(?:rpn|head)\.(?:\w+_head|head)\.(?:cls_logits|bbox_pred|bbox_reg)\.")
-CLASSES = re.compile(r"\.(?:box_predictor|classification_head\.cls_logits)\.")
 NECK_LEVEL = re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.)(\d+)(\..+)")
 
 
@@ -59,7 +59,7 @@ def _foreign(name: str, student: DetectorSpec, teacher: DetectorSpec) -> bool:
         return name.startswith(P6) and student.top != teacher.top
     if student.family != teacher.family:
         return True
-    if CLASSES.search(name) and student.labels != teacher.labels:
+    if student.labels != teacher.labels and name.rpartition(".")[0] in FAMILY_OF[student.family].class_layers:
         return True
     return ANCHORS.search(name) is not None and not same_anchors(student, teacher)
 

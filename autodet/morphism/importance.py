@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from autodet.detectors import DetectorSpec
-from autodet.detectors.channels import BODY, Dim, channel_groups, norm_after, producers, size_of
+from autodet.detectors.channels import BODY, channel_groups, norm_after, producers
+from autodet.detectors.dims import Dim, size_of
 
 
 def channel_importance(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from autodet.detectors import DetectorSpec
+from autodet.detectors.build import FAMILY_OF
 from autodet.morphism.morph import Morph, MorphError, Weights
-
-PREDICTOR = "roi_heads.box_predictor."
 
 
 def keep_labels(spec: DetectorSpec, weights: Weights, labels: Sequence[tuple[int, str]]) -> Morph:
@@ -25,17 +24,10 @@ def keep_labels(spec: DetectorSpec, weights: Weights, labels: Sequence[tuple[int
     classes = torch.tensor([0, *(spec.label_map[id] for id, _ in labels)])  # 0 is the background
     fresh = {
         f"{layer}.{kind}": _rows(weights[f"{layer}.{kind}"], classes, len(spec.labels) + 1, each)
-        for layer, each in _layers(spec).items()
+        for layer, each in FAMILY_OF[spec.family].class_layers.items()
         for kind in ("weight", "bias")
     }
     return Morph(spec, spec.with_labels(labels), fresh=fresh)
-
-
-def _layers(spec: DetectorSpec) -> dict[str, int]:
-    """The layers that answer for every class, and how many numbers in a row are of one class."""
-    if spec.two_stage:
-        return {f"{PREDICTOR}cls_score": 1, f"{PREDICTOR}bbox_pred": 4}
-    return {"head.classification_head.cls_logits": 1}
 
 
 def _rows(value: Tensor, classes: Tensor, known: int, each: int) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from autodet.detectors import DetectorSpec, build
-from autodet.detectors.channels import Groups, channel_groups, group_of, select, size_of
+from autodet.detectors.channels import channel_groups, select
+from autodet.detectors.dims import Groups, group_of, size_of
 
 Weights = Mapping[str, Tensor]  # by the names of a detector's state dict
 

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 from autodet.detectors import DetectorSpec
 from autodet.detectors.arch import Arch, Stage
-from autodet.detectors.channels import TOWERS, channel_counts
+from autodet.detectors.channels import channel_counts
 from autodet.morphism.importance import channel_importance
 from autodet.morphism.morph import Morph, MorphError, Weights, kept
 
 
 def prune_inner(spec: DetectorSpec, weights: Weights, rng: random.Random, stage: int, block: int, width: int) -> Morph:
     """Fewer channels between the convolutions of one block. stage: 1–4; block: from 0."""
-    child, groups = with_inner(spec, stage, block, width)
+    child, _ = with_inner(spec, stage, block, width)
     _check_smaller(
         f"the inner width of block {block} of stage {stage}", spec.body.stages[stage - 1].inner[block], width
     )
-    return _pruned(spec, child, weights, groups)
+    return _pruned(spec, child, weights)
 
 
 def prune_stage(spec: DetectorSpec, weights: Weights, rng: random.Random, stage: int, width: int) -> Morph:
@@ -27,7 +27,7 @@ def prune_stage(spec: DetectorSpec, weights: Weights, rng: random.Random, stage:
     A stem that is as wide as a stage 1 of basic blocks is added to its outputs, and shrinks with it.
     """
     _check_smaller(f"the width of stage {stage}", stage_of(spec.body, stage).width, width)
-    return _pruned(spec, with_width(spec, stage, width), weights, [f"layer{stage}"])
+    return _pruned(spec, with_width(spec, stage, width), weights)
 
 
 def prune_neck(spec: DetectorSpec, weights: Weights, rng: random.Random, width: int) -> Morph:
@@ -37,9 +37,7 @@ def prune_neck(spec: DetectorSpec, weights: Weights, rng: random.Random, width: 
     if width % size:
         raise MorphError(f"The heads' group norms take {size} channels together: {width} is no multiple of that.")
     child = replace(spec, neck_width=width, head_groups=width // size if spec.head_groups else 0)
-    towers = [f"{tower}.{index}" for tower in TOWERS for index in range(spec.head_depth)]
-    regions = [f"rpn.{index}" for index in range(spec.rpn_depth)]
-    return _pruned(spec, child, weights, ["inner", "outer", *(regions if spec.two_stage else towers)])
+    return _pruned(spec, child, weights)
 
 
 def prune_head(spec: DetectorSpec, weights: Weights, rng: random.Random, width: int) -> Morph:
@@ -47,7 +45,7 @@ def prune_head(spec: DetectorSpec, weights: Weights, rng: random.Random, width: 
     if not spec.two_stage:
         raise MorphError(f"A {spec.family}'s head is as wide as its neck: prune that.")
     _check_smaller("the head's width", spec.head_width, width)
-    return _pruned(spec, replace(spec, head_width=width), weights, ["fc6", "fc7"])
+    return _pruned(spec, replace(spec, head_width=width), weights)
 
 
 def with_inner(spec: DetectorSpec, stage: int, block: int, width: int) -> tuple[DetectorSpec, list[str]]:
@@ -86,9 +84,11 @@ def stage_of(body: Arch, number: int) -> Stage:
     return body.stages[number - 1]
 
 
-def _pruned(spec: DetectorSpec, child: DetectorSpec, weights: Weights, groups: list[str]) -> Morph:
-    importance, counts = channel_importance(weights, spec), channel_counts(child)
-    return Morph(spec, child, {group: kept(importance[group], counts[group]) for group in groups})
+def _pruned(spec: DetectorSpec, child: DetectorSpec, weights: Weights) -> Morph:
+    """The most important channels of every group that has fewer in the child."""
+    importance, before, after = channel_importance(weights, spec), channel_counts(spec), channel_counts(child)
+    fewer = [group for group, count in after.items() if count < before[group]]
+    return Morph(spec, child, {group: kept(importance[group], after[group]) for group in fewer})
 
 
 def _check_smaller(what: str, now: int, wanted: int) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from autodet.detectors import Detector, DetectorSpec, build, steps_of
-from autodet.detectors.channels import Groups, channel_counts, channel_groups, first_channels
+from autodet.detectors.channels import channel_counts, channel_groups, first_channels
+from autodet.detectors.dims import Groups
 from autodet.teachers.space import Member, PoolSpace, SpaceError
 
 Take = Callable[[str, tuple[slice, ...]], Tensor]  # a tensor's name and an index → that slice of it

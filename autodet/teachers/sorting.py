@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from autodet.detectors import DetectorSpec
-from autodet.detectors.channels import Groups, channel_groups, group_of, select
+from autodet.detectors.channels import channel_groups, select
+from autodet.detectors.dims import Groups, group_of
 
 
 def sort_channels(

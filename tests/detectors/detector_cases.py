@@ -15,7 +15,7 @@ from torchvision.models.detection import (
     retinanet_resnet50_fpn_v2,
 )
 
-from autodet.detectors import Arch, Dense, Detector, DetectorSpec, Features, Inputs, build, torchvision_spec
+from autodet.detectors import Arch, Dense, Detector, DetectorSpec, Features, Inputs, build, standard_spec
 from autodet.detectors.spec import FAMILIES
 
 LABELS = ((3, "dog"), (7, "traffic light"))
@@ -24,13 +24,13 @@ families = pytest.mark.parametrize("family", FAMILIES)
 BODY = Arch.parse("basic-8:8x1-16x1-16x1-24x1")
 # What torchvision's constructors build for LABELS.
 CONSTRUCTORS = {
-    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, torchvision_spec("faster_rcnn", Arch.resnet50(), LABELS)),
-    "retinanet_resnet50_fpn": (retinanet_resnet50_fpn, torchvision_spec("retinanet", Arch.resnet50(), LABELS)),
+    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, standard_spec("faster_rcnn", Arch.resnet50(), LABELS)),
+    "retinanet_resnet50_fpn": (retinanet_resnet50_fpn, standard_spec("retinanet", Arch.resnet50(), LABELS)),
     "retinanet_resnet50_fpn_v2": (
         retinanet_resnet50_fpn_v2,
-        replace(torchvision_spec("retinanet", Arch.resnet50(), LABELS), top="body", head_groups=32, box_loss="giou"),
+        replace(standard_spec("retinanet", Arch.resnet50(), LABELS), top="body", head_groups=32, box_loss="giou"),
     ),
-    "fcos_resnet50_fpn": (fcos_resnet50_fpn, torchvision_spec("fcos", Arch.resnet50(), LABELS)),
+    "fcos_resnet50_fpn": (fcos_resnet50_fpn, standard_spec("fcos", Arch.resnet50(), LABELS)),
 }
 
 Targets = list[dict[str, Tensor]]
@@ -38,7 +38,7 @@ Targets = list[dict[str, Tensor]]
 
 def small_spec(family: str, labels: tuple[tuple[int, str], ...] = LABELS, **changes: Any) -> DetectorSpec:
     """torchvision's detector of a family for images of 64×96, narrow, and quick to find something."""
-    spec = torchvision_spec(family, BODY, labels).at_size(64)
+    spec = standard_spec(family, BODY, labels).at_size(64)
     values: dict[str, Any] = {"neck_width": 16, "max_size": 96, "score_threshold": 0.01, "detections": 80}
     if spec.two_stage:
         values |= {"head_width": 32, "roi_size": 3, "proposals_before_nms": (90, 80), "proposals": (60, 50)}
@@ -109,7 +109,8 @@ def assert_same_detections(found: Targets, expected: Targets) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys() == {"boxes", "scores", "labels"}
         for key in one:
-            torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-5)
+            # How a processor rounds moves boxes by up to 1e-4 pixels.
+            torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=2e-4 if key == "boxes" else 1e-5)
 
 
 def stirred(spec: DetectorSpec) -> Detector:

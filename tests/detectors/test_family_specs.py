@@ -38,10 +38,11 @@ from autodet.detectors import (
     is_detector_file,
     load_detector,
     save_detector,
+    standard_spec,
     steps_of,
-    torchvision_spec,
 )
-from autodet.detectors.spec import FAMILIES, TOPS
+from autodet.detectors.spec import FAMILIES
+from autodet.detectors.traits import TRAITS
 from autodet.detectors.weights import WeightsError, load_strict, save_weights
 
 # The spec says it all. ---
@@ -52,7 +53,7 @@ def variants(family: str) -> dict[str, DetectorSpec]:
     spec = small_spec(family)
     grouped = Arch.parse("bottleneck[g2]-8:16x1(8)-16x1(4)-32x2(8,16)-32x1")
     found = {
-        "torchvision's": torchvision_spec(family, Arch.resnet18(), LABELS),
+        "torchvision's": standard_spec(family, Arch.resnet18(), LABELS),
         "small": spec,
         "one class": small_spec(family, ONE),
         "frozen": replace(spec, norm="frozen", norm_eps=0.0),
@@ -60,7 +61,7 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         "two stages read": with_body_levels(spec, (16, 32)),
         "four stages read": with_body_levels(spec, (4, 8, 16, 32)),
     }
-    return found | {f"top {top}": replace(spec, top=top) for top in TOPS[family]}
+    return found | {f"top {top}": replace(spec, top=top) for top in TRAITS[family].tops}
 
 
 def with_body_levels(spec: DetectorSpec, body_levels: tuple[int, ...]) -> DetectorSpec:
@@ -113,11 +114,11 @@ def test_every_variants_steps_equal_the_plain_forward(spec: DetectorSpec) -> Non
         assert_same_detections(detect(detector, images), detector.model(images))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if "body" in TOPS[family]])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "body" in TRAITS[family].tops])
 def test_top_says_which_map_the_sixth_level_is_made_from(family: str) -> None:
     """Also where both maps are equally wide, from which torchvision would conclude the neck's."""
     equal = Arch.parse("basic-8:8x1-16x1-16x1-16x1")
-    for top in TOPS[family]:
+    for top in TRAITS[family].tops:
         detector = build(small_spec(family, body=equal, top=top))
         seen: dict[nn.Module, Any] = {}
         body, fpn, p6 = (detector.model.get_submodule(f"backbone.{n}") for n in ("body", "fpn", "fpn.extra_blocks.p6"))
@@ -131,7 +132,7 @@ def test_top_says_which_map_the_sixth_level_is_made_from(family: str) -> None:
 
 @families
 def test_at_another_image_size_everything_keeps_its_proportion(family: str) -> None:
-    spec = torchvision_spec(family, Arch.resnet18(), ONE)
+    spec = standard_spec(family, Arch.resnet18(), ONE)
     half = spec.at_size(400)
     assert (half.min_size, half.max_size) == (400, 666)
     assert half.anchor_sizes == tuple(size // 2 for size in spec.anchor_sizes)
@@ -145,7 +146,7 @@ def test_at_another_image_size_everything_keeps_its_proportion(family: str) -> N
 
 def test_an_fcos_for_small_images_still_gives_every_object_a_location() -> None:
     """torchvision takes locations within 1.5 anchor sizes of an object's centre; strides do not shrink with images."""
-    spec = torchvision_spec("fcos", Arch.resnet18(), ONE).at_size(100)
+    spec = standard_spec("fcos", Arch.resnet18(), ONE).at_size(100)
     for stride, size in zip(spec.levels, spec.anchor_sizes, strict=True):
         assert 2 * 1.5 * size >= stride
 

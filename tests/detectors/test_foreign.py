@@ -32,7 +32,7 @@ from autodet.detectors import (
     detector_of_state_dict,
     load_any_detector,
     save_detector,
-    torchvision_spec,
+    standard_spec,
 )
 from autodet.detectors.spec import COCO_LABELS, FAMILIES
 from autodet.detectors.weights import WeightsError, modern_names
@@ -43,9 +43,7 @@ OLD_HEADS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")  # published b
 
 def plain_spec(family: str, **changes: Any) -> DetectorSpec:
     """torchvision's settings, of which a state dict does not tell, around a narrow body and neck."""
-    return replace(
-        torchvision_spec(family, BODY, LABELS), **{"neck_width": 32, "min_size": 64, "max_size": 96} | changes
-    )
+    return replace(standard_spec(family, BODY, LABELS), **{"neck_width": 32, "min_size": 64, "max_size": 96} | changes)
 
 
 def state_of(spec: DetectorSpec) -> State:
@@ -134,7 +132,7 @@ def test_a_body_as_wide_as_the_neck_is_read_as_torchvision_builds_it(family: str
 
 def test_only_norms_of_torchvisions_first_files_have_no_eps() -> None:
     """What is fine-tuned from these has other classes; another body cannot come from them."""
-    spec = torchvision_spec("faster_rcnn", Arch.resnet50(), LABELS)
+    spec = standard_spec("faster_rcnn", Arch.resnet50(), LABELS)
     tuned = replace(spec, norm="frozen", norm_eps=0.0)
     state = state_of(tuned)
     assert detector_of_state_dict(state, LABELS).spec == tuned
@@ -208,7 +206,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=re.escape(str(tmp_path / name))):
             load_any_detector(tmp_path / name, LABELS)
     torch.save(resnet18(num_classes=3).state_dict(), tmp_path / "classifier.pth")
-    with pytest.raises(SpecError, match=r"classifier.pth: expected the state dict of a torchvision Faster R-CNN"):
+    with pytest.raises(SpecError, match=r"classifier.pth: expected the state dict of one of faster_rcnn"):
         load_any_detector(tmp_path / "classifier.pth", LABELS)
 
 
@@ -221,7 +219,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (
             ssdlite320_mobilenet_v3_large,
             SpecError,
-            r"expected the state dict of a torchvision Faster R-CNN .*found one",
+            r"expected the state dict of one of faster_rcnn.*found one",
         ),
         (fasterrcnn_mobilenet_v3_large_fpn, SpecError, "expected a ResNet as the detector's body"),
         (fasterrcnn_resnet50_fpn_v2, SpecError, "expected a box head of two layers .*adapt"),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from autodet.detectors import Arch, DetectorSpec, SpecError, torchvision_spec
-from autodet.detectors.spec import ABOVE, BOX_LOSSES, COCO_LABELS, FAMILIES, TOPS
+from autodet.detectors import Arch, DetectorSpec, SpecError, standard_spec
+from autodet.detectors.spec import ABOVE, BOX_LOSSES, COCO_LABELS, FAMILIES
+from autodet.detectors.traits import TRAITS
 
 BODY = Arch.parse("basic-16:16x1-32x1(8)-64x2(24,40)-128x1")
 LABELS = ((1, "RBC"), (2, "WBC"), (3, "Platelets"))
@@ -32,8 +33,8 @@ GROUPS = (1, 2, 8)
 def random_spec(rng: random.Random) -> DetectorSpec:
     """Of any family, with any fields, about half of them at its family's defaults."""
     family = rng.choice(FAMILIES)
-    base = torchvision_spec(family, rng.choice((BODY, Arch.resnet50(), Arch.resnext101_32x8d())), random_labels(rng))
-    top = rng.choice(TOPS[family])
+    base = standard_spec(family, rng.choice((BODY, Arch.resnet50(), Arch.resnext101_32x8d())), random_labels(rng))
+    top = rng.choice(TRAITS[family].tops)
     levels = (*rng.choice(BODY_LEVELS), *ABOVE[top])
     optional: dict[str, Any] = {
         "norm": rng.choice(("batch", "frozen")),

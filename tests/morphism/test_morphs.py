@@ -14,7 +14,8 @@ from detector_cases import assert_same_detections, batch, families, small_spec, 
 from torch import nn
 
 from autodet.detectors import Arch, Detector, build, detect
-from autodet.detectors.channels import channel_groups, group_of, size_of
+from autodet.detectors.channels import channel_groups
+from autodet.detectors.dims import group_of, size_of
 from autodet.detectors.spec import FAMILIES
 from autodet.evaluation import count_macs, count_params
 from autodet.morphism.blocks import add_block, move_boundary, remove_block, remove_head_layer

@@ -13,7 +13,8 @@ from pool_cases import SPACES, largest_detector, space_of
 from torch import Tensor
 
 from autodet.detectors import Detector, adapt, build, detect
-from autodet.detectors.channels import channel_counts, channel_groups, group_of, size_of
+from autodet.detectors.channels import channel_counts, channel_groups
+from autodet.detectors.dims import group_of, size_of
 from autodet.detectors.spec import FAMILIES
 from autodet.teachers.elastic import KEPT, ElasticDetector
 from autodet.teachers.space import Member, PoolSpace, SpaceError

@@ -11,7 +11,8 @@ from pool_cases import SPACES, largest_detector, space_of
 from torch import Tensor, nn
 
 from autodet.detectors import Detector, detect
-from autodet.detectors.channels import body_counts, channel_counts, channel_groups, group_of, size_of
+from autodet.detectors.channels import body_counts, channel_counts, channel_groups
+from autodet.detectors.dims import group_of, size_of
 from autodet.morphism.importance import channel_importance, importance_order
 from autodet.teachers.sorting import sort_channels
 

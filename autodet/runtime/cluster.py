@@ -26,7 +26,6 @@ DEFAULTS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a user's command mean what they say
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "60",  # Tune's snapshots are not what a run resumes from
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
 }
 
 

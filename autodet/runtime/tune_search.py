@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ class SessionSearcher(Searcher):
         payload = json.loads(outcome) if outcome and not error else None
         number, session = self._ids[trial_id], self._live()
         if payload is not None and payload["status"] == ENVIRONMENT:
-            session.broken = session.broken or MachineError(payload["cause"])
+            session.guarded(lambda: session.retry(number, MachineError(payload["cause"])), None)
+            return
         lost = f"its worker was lost {WORKER_FAILURES + 1} times" if error else ""
         session.guarded(lambda: session.tell(number, payload, lost), None)
         self._metrics.show(session)
@@ -130,6 +132,9 @@ def run_session(
         trial_name_creator=_trial_name,
         trial_dirname_creator=_trial_name,
     )
+    # A worker's process takes seconds to start, and Tune ends one that is still starting where another worker gets free
+    # to take its candidate. So all start at once: one after another, most would never be there.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)
     gc.freeze()  # a long run's history is millions of objects, which the garbage collector would go through for seconds
     try:
         _tuner(task, folder, config, gpus_per_trial, SessionStopper(session)).fit()

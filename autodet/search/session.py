@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -11,6 +13,11 @@ from autodet.event_files import collecting_later
 from autodet.ledger import LeaseLost, Ledger, LedgerError
 from autodet.records import Event
 from autodet.search.candidate import FINISHED, WAIT, Ask, Search, Signal, Status
+
+logger = logging.getLogger(__name__)
+
+MACHINE_FAILURES = 3  # in a row, after which a run stops
+PAUSE = 5.0  # seconds before a candidate is tried again whose machine failed; twice as long each time
 
 T = TypeVar("T")
 OnTold = Callable[[Ask, Mapping[str, Any]], None]  # called with each candidate and its told event's payload
@@ -38,6 +45,7 @@ class Session:
         self._stopped: set[int] = set()
         self._epochs: dict[int, int] = {}  # candidate → the last one that it reported
         self.running: dict[int, Ask] = {}
+        self._failures, self._not_before = 0, 0.0
         with collecting_later():
             self._interrupted = list(self._replay(ledger.events()).values())
 
@@ -59,11 +67,11 @@ class Session:
 
     def next(self) -> Ask | Literal[Signal.WAIT, Signal.FINISHED]:
         """A candidate to train, recorded as asked; WAIT while a decision needs results; FINISHED when all is done."""
-        if self._interrupted:
+        if self._interrupted and time.monotonic() >= self._not_before:
             ask = self._interrupted.pop(0)
             self.running[ask.id] = ask
             return ask
-        answer = self.search.ask()
+        answer = WAIT if self._interrupted else self.search.ask()
         self.finished = answer is FINISHED
         if answer is WAIT or answer is FINISHED:
             return answer
@@ -93,10 +101,22 @@ class Session:
         status: Status = told["status"]
         self._ledger.append("told", id, told)
         self.search.tell(id, told["ap"], status, told.get("weights"))
-        ask = self.running.pop(id)
+        ask, self._failures = self.running.pop(id), 0
         self._count(ask, told)
         if self._on_told is not None:
             self._on_told(ask, told)
+
+    def retry(self, id: int, error: MachineError) -> None:
+        """A machine failed under a candidate, which is handed out again after a pause; nothing is recorded.
+
+        Raises the error where the last ends were all such: then it is no passing trouble, or not of one machine alone.
+        """
+        self._failures += 1
+        if self._failures > MACHINE_FAILURES:
+            raise error
+        logger.warning("Candidate %d is tried again, since a machine failed: %s", id, error)
+        self._interrupted.append(self.running.pop(id))
+        self._not_before = time.monotonic() + PAUSE * 2 ** (self._failures - 1)
 
     def _count(self, ask: Ask, told: Mapping[str, Any]) -> None:
         self.ended[ask.phase, told["status"]] += 1

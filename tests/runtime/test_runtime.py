@@ -20,6 +20,7 @@ from autodet.records import Record
 from autodet.runtime.cluster import ray_running
 from autodet.runtime.tune_search import OptunaSpace, run_searcher, run_session
 from autodet.search import EMPTY, FINISHED, Ask, Candidate, FixedList, Session
+from autodet.search import session as session_module
 from autodet.search.session import MachineError
 from autodet.training import Task, TrainSettings
 
@@ -53,6 +54,8 @@ def test_a_search_runs_to_its_end(ray_cluster: None, task: Task, tmp_path: Path)
         session = Session(ledger, FixedList(candidates(4)))
         run_session(session, task, tmp_path, workers=2)
         records = records_of(session, ledger)
+        processes = {event.payload["pid"] for event in ledger.events() if event.kind == "reported"}
+    assert len(processes) == 2  # both start, though the first one is free before the second one is there
     assert [r.status for r in records] == ["completed"] * 4
     assert [[epoch for epoch, _ in r.ap_by_epoch] for r in records] == [[1, 2]] * 4
     assert [r.epochs for r in records] == [EPOCHS] * 4
@@ -184,8 +187,9 @@ def test_a_finished_session_stays_finished(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_fails_stops_the_run_and_the_candidate_stays_open(
-    ray_cluster: None, task: Task, tmp_path: Path
+    ray_cluster: None, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(session_module, "PAUSE", 0.01)
     broken = replace(task, cache=str(tmp_path / "file" / "cache"))
     (tmp_path / "file").write_text("no folder can be made in a file")
     with Ledger.create(tmp_path / "run", {}) as ledger:
@@ -199,11 +203,35 @@ def test_a_machine_that_fails_stops_the_run_and_the_candidate_stays_open(
         assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2
 
 
+class MendingSession(Session):
+    """Takes away what is in the machine's way once a candidate has failed under it."""
+
+    obstacle = Path()
+
+    def retry(self, id: int, error: MachineError) -> None:
+        super().retry(id, error)
+        self.obstacle.unlink()
+
+
+def test_a_candidate_whose_machine_failed_is_tried_again(
+    ray_cluster: None, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session_module, "PAUSE", 0.01)
+    (tmp_path / "file").write_text("no folder can be made in a file")
+    with Ledger.create(tmp_path / "run", {}) as ledger:
+        session = MendingSession(ledger, FixedList(candidates(2)))
+        session.obstacle = tmp_path / "file"
+        run_session(session, replace(task, cache=str(tmp_path / "file" / "cache")), tmp_path / "run", workers=1)
+        assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2
+    assert caplog.text.count("Candidate 0 is tried again") == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_does_not_answer_stops_the_run_and_the_candidates_stay_open(
-    ray_cluster: None, task: Task, tmp_path: Path
+    ray_cluster: None, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a broken one would fail every candidate within a second."""
+    monkeypatch.setattr(session_module, "PAUSE", 0.01)
     with Ledger.create(tmp_path / "run", {}) as ledger:
         session = Session(ledger, FixedList(candidates(2)))
         with pytest.raises(MachineError, match=r"CUDA|NVIDIA"):

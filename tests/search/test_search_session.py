@@ -16,7 +16,9 @@ from session_driver import make_search, train_serially
 
 from autodet.ledger import Ledger
 from autodet.records import Event, records_from
-from autodet.search import FINISHED, Ask, Session
+from autodet.search import FINISHED, WAIT, Ask, Session
+from autodet.search import session as session_module
+from autodet.search.session import MachineError
 
 
 def asks_of(events: list[Event]) -> list[dict[str, Any]]:
@@ -102,6 +104,46 @@ def test_what_was_lost_counts_the_epochs_that_it_reported_also_before_the_run_wa
         assert session.ended.total() == 2
         records = records_from(ledger.events())
     assert [record.epochs for record in records] == [0, 2]
+
+
+def test_a_machine_that_fails_again_and_again_ends_the_run_and_one_that_is_mended_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "PAUSE", 0.0)
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        for _ in range(2):
+            ask = session.next()
+            assert isinstance(ask, Ask)
+            for _ in range(session_module.MACHINE_FAILURES):
+                session.retry(ask.id, MachineError("no space left"))
+                assert session.next() == ask
+            events = len(ledger.events())
+            session.tell(ask.id, {"status": "completed", "ap": 0.5})
+            assert len(ledger.events()) == events + 1
+        ask = session.next()
+        assert isinstance(ask, Ask)
+        for _ in range(session_module.MACHINE_FAILURES):
+            session.retry(ask.id, MachineError("no space left"))
+            session.next()
+        with pytest.raises(MachineError, match="no space left"):
+            session.retry(ask.id, MachineError("no space left"))
+        assert [event.kind for event in ledger.events()] == ["asked", "told", "asked", "told", "asked"]
+
+
+def test_a_candidate_whose_machine_failed_waits_and_nothing_else_is_asked_for_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        ask = session.next()
+        assert isinstance(ask, Ask)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        session.retry(ask.id, MachineError("no space left"))
+        assert session.next() is WAIT
+        now += session_module.PAUSE
+        assert session.next() == ask
 
 
 def test_an_ap_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:

@@ -110,6 +110,22 @@ def test_what_is_there_is_neither_overwritten_nor_mixed(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("output", ["runs/a", "s3://bucket/runs/second"])
+def test_a_second_driver_is_refused_and_changes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    folder = place / "copies" / "s3/bucket/runs/second" if "://" in output else place / output
+    if "://" in output:
+        object_store.declare_copy(folder, output)
+    with Ledger.create(folder, {"script": "search_distiller", "options": {"preset": "smoke"}}) as ledger:
+        before = sorted(path.name for path in folder.rglob("*"))
+        for arguments in (["--resume", output], ["--or-resume", "--output", output, "--preset", "smoke"]):
+            answer = said(capsys, search_distiller, *arguments)
+            assert f"found process {os.getpid()}" in answer and "stop that process" in answer
+        assert sorted(path.name for path in folder.rglob("*")) == before
+        ledger.append("asked", 0, {"candidate": {"formula": "none"}})  # the first one goes on
+
+
 def test_going_on_with_other_settings_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"preset": "smoke", "seed": 1}
     with Ledger.create(place / "run", {"script": "search_distiller", "options": options}):

@@ -31,7 +31,7 @@ class Recorded:
         return self._session.report(id, epoch, ap, {"seconds": 61.234, "losses": {"total": 1.23456}, "pid": 12345})
 
     def tell(self, id: int, ap: float | None, status: Status = "completed", weights: str | None = None) -> None:
-        self._session.tell(id, None if status == "stopped" else told(ap, status, weights), "its worker was lost")
+        self._session.tell(id, None if status == "stopped" else told(ap, status, weights))
 
 
 def told(ap: float | None, status: Status, weights: str | None) -> dict[str, Any]:

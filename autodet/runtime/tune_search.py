@@ -24,8 +24,6 @@ from autodet.search.session import MachineError, Session
 from autodet.training import Task
 from autodet.working_copy import discard
 
-WORKER_FAILURES = 3  # a lost worker's candidate goes on from its checkpoint this many times before it counts as failed
-
 
 class SessionSearcher(Searcher):
     """Presents a session to Tune. The ledger is the truth: Tune's own snapshots of this object hold nothing."""
@@ -61,12 +59,15 @@ class SessionSearcher(Searcher):
         """The end of a trial: completed or failed by its own word, stopped, or lost with its worker."""
         outcome = (result or {}).get("outcome")
         payload = json.loads(outcome) if outcome and not error else None
-        number, session = self._ids[trial_id], self._live()
+        number, session = self._ids.pop(trial_id, None), self._live()
+        if number is None:
+            return  # Tune may announce one end twice
         if payload is not None and payload["status"] == ENVIRONMENT:
             session.guarded(lambda: session.retry(number, MachineError(payload["cause"])), None)
             return
-        lost = f"its worker was lost {WORKER_FAILURES + 1} times" if error else ""
-        session.guarded(lambda: session.tell(number, payload, lost), None)
+        if error and session.guarded(lambda: session.again(number), False):
+            return
+        session.guarded(lambda: session.tell(number, payload), None)
         self._metrics.show(session)
         if session.broken is not None:
             return
@@ -184,7 +185,6 @@ def _tuner(
             name="tune",
             storage_path=str(folder / "ray"),
             stop=stop,
-            failure_config=tune.FailureConfig(max_failures=WORKER_FAILURES),
             verbose=0,
         ),
     )

@@ -16,6 +16,7 @@ from autodet.search.candidate import FINISHED, WAIT, Ask, Search, Signal, Status
 
 logger = logging.getLogger(__name__)
 
+WORKER_LOSSES = 3  # of a candidate, which goes on from its checkpoint; with one more it counts as failed
 MACHINE_FAILURES = 3  # in a row, after which a run stops
 PAUSE = 5.0  # seconds before a candidate is tried again whose machine failed; twice as long each time
 
@@ -46,6 +47,7 @@ class Session:
         self._epochs: dict[int, int] = {}  # candidate → the last one that it reported
         self.running: dict[int, Ask] = {}
         self._failures, self._not_before = 0, 0.0
+        self._losses: Counter[int] = Counter()  # of workers, by candidate
         with collecting_later():
             self._interrupted = list(self._replay(ledger.events()).values())
 
@@ -90,11 +92,9 @@ class Session:
         self._note(id, epoch, ap, stop)
         return stop
 
-    def tell(self, id: int, payload: Mapping[str, Any] | None, cause: str = "") -> None:
+    def tell(self, id: int, payload: Mapping[str, Any] | None) -> None:
         """Record the end of a candidate. payload: of the told event; None where its worker was lost or stopped."""
-        if id not in self.running:
-            return  # Tune may announce one end twice
-        told = dict(payload) if payload is not None else self._unfinished(id, cause)
+        told = dict(payload) if payload is not None else self._unfinished(id)
         ap: float | None = told.get("ap")
         if ap is not None and not math.isfinite(ap):
             told |= {"status": "failed", "ap": None, "cause": f"its AP is {ap}"}
@@ -105,6 +105,17 @@ class Session:
         self._count(ask, told)
         if self._on_told is not None:
             self._on_told(ask, told)
+
+    def again(self, id: int) -> bool:
+        """Whether a candidate whose worker was lost is handed out once more; False where its end is to be told.
+
+        Tune's own retries leave out workers that die while they start or change over to another candidate.
+        """
+        self._losses[id] += 1
+        if id in self._stopped or self._losses[id] > WORKER_LOSSES:
+            return False
+        self._interrupted.append(self.running.pop(id))
+        return True
 
     def retry(self, id: int, error: MachineError) -> None:
         """A machine failed under a candidate, which is handed out again after a pause; nothing is recorded.
@@ -135,12 +146,13 @@ class Session:
                 self.broken = error
         return instead
 
-    def _unfinished(self, id: int, cause: str) -> dict[str, Any]:
+    def _unfinished(self, id: int) -> dict[str, Any]:
         epochs = self._epochs.get(id, 0)
         if id in self._stopped:
             behind = "clearly behind the others at this epoch"
             return {"status": "stopped", "ap": self._last_ap[id], "epochs": epochs, "cause": behind}
-        return {"status": "failed", "ap": None, "epochs": epochs, "cause": cause or "its worker was lost"}
+        cause = f"its worker was lost {self._losses[id]} times" if self._losses[id] else "it ended without a result"
+        return {"status": "failed", "ap": None, "epochs": epochs, "cause": cause}
 
     def _replay_report(self, id: int, payload: Mapping[str, Any]) -> None:
         ap = payload.get("ap")

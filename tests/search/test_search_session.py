@@ -18,7 +18,7 @@ from autodet.ledger import Ledger
 from autodet.records import Event, records_from
 from autodet.search import FINISHED, WAIT, Ask, Session
 from autodet.search import session as session_module
-from autodet.search.session import MachineError
+from autodet.search.session import WORKER_LOSSES, MachineError
 
 
 def asks_of(events: list[Event]) -> list[dict[str, Any]]:
@@ -77,15 +77,33 @@ def test_a_repeated_report_changes_nothing_and_keeps_its_verdict(tmp_path: Path)
         assert len(ledger.events()) == count
 
 
-def test_a_lost_worker_is_a_failure_with_its_cause_and_a_second_end_is_ignored(tmp_path: Path) -> None:
+def test_a_candidate_whose_worker_is_lost_is_handed_out_again_and_fails_in_the_end(tmp_path: Path) -> None:
     with Ledger.create(tmp_path, {}) as ledger:
         session = Session(ledger, make_search())
         ask = session.next()
         assert isinstance(ask, Ask)
-        session.tell(ask.id, None, "its worker was lost")
-        session.tell(ask.id, {"status": "completed", "ap": 0.5})
+        for _ in range(WORKER_LOSSES):
+            assert session.again(ask.id) and not session.running
+            assert session.next() == ask
+        assert not session.again(ask.id)
+        session.tell(ask.id, None)
         record = records_from(ledger.events())[0]
-    assert (record.status, record.cause, record.ap) == ("failed", "its worker was lost", None)
+        assert [event.kind for event in ledger.events()] == ["asked", "told"]
+    assert (record.status, record.cause, record.ap) == ("failed", "its worker was lost 4 times", None)
+
+
+def test_a_candidate_that_is_to_be_stopped_is_not_begun_again_because_its_worker_is_lost(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
+        session = Session(ledger, make_search())
+        ask = session.next()
+        assert isinstance(ask, Ask)
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(session.search, "report", lambda id, epoch, ap: True)
+        assert session.report(ask.id, 1, 0.1, {})
+        monkey.undo()
+        assert not session.again(ask.id)
+        session.tell(ask.id, None)
+        assert records_from(ledger.events())[0].status == "stopped"
 
 
 def test_what_was_lost_counts_the_epochs_that_it_reported_also_before_the_run_was_resumed(tmp_path: Path) -> None:

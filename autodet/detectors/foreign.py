@@ -9,7 +9,7 @@ from typing import Final
 
 from autodet.detectors.arch import Arch, ArchError
 from autodet.detectors.build import FAMILY_OF, build, is_detector_file, load_detector
-from autodet.detectors.spec import COCO_LABELS, DetectorSpec, SpecError, standard_spec
+from autodet.detectors.spec import COCO_LABELS, FAMILIES, DetectorSpec, SpecError, standard_spec
 from autodet.detectors.state import ADAPT, Read, State, count, sizes
 from autodet.detectors.steps import Detector
 from autodet.detectors.weights import load_strict, modern_names, read_state_dict
@@ -92,7 +92,7 @@ def _read(state: State) -> tuple[str, Read]:
 
 def _unknown(state: State) -> SpecError:
     return SpecError(
-        f"expected the state dict of one of {', '.join(FAMILY_OF)} in torchvision's names (rpn.head.*, "
+        f"expected the state dict of one of {', '.join(FAMILIES)} in torchvision's names (rpn.head.*, "
         f"head.classification_head.*), found one with {', '.join(list(state)[:3])}, …"
     )
 

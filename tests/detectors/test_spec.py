@@ -57,8 +57,9 @@ def random_labels(rng: random.Random) -> tuple[tuple[int, str], ...]:
 
 def random_head(rng: random.Random, family: str) -> dict[str, Any]:
     """Fields that only some families know."""
-    if family == "faster_rcnn":
-        return {
+    if TRAITS[family].two_stage:
+        ious = {"stage_ious": tuple(rng.uniform(0.1, 0.9) for _ in range(rng.randint(2, 4)))}
+        return (ious if TRAITS[family].cascaded else {}) | {
             "anchor_ratios": tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4))),
             "rpn_depth": rng.randint(1, 3),
             "head_width": rng.randint(1, 2000),

@@ -22,7 +22,9 @@ from torchvision.ops import clip_boxes_to_image
 
 from autodet.detectors.dims import Named
 from autodet.detectors.faster_rcnn import (
+    MMDET_REGIONS,
     ROI,
+    RPN_NAMES,
     FasterRCNNSteps,
     Sampled,
     box_groups,
@@ -36,7 +38,7 @@ from autodet.detectors.faster_rcnn import (
 )
 from autodet.detectors.pyramid import build_backbone, check_rebuilt, matching
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.state import Read, State, count, sizes
+from autodet.detectors.state import MMDet, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Regions, Target
 from autodet.detectors.traits import TRAITS
 
@@ -289,6 +291,18 @@ def head_counts(spec: DetectorSpec) -> dict[str, int]:
     return rpn_counts(spec) | dict.fromkeys(layers, spec.head_width)
 
 
+def _in_our_units(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """mmdetection's third stage has the rounded deviations 0.033 and 0.067 where ours, as the first public code's, has
+    1/30 and 1/15: its regressions in our units."""
+    layer, found = f"{ROI}box_predictor.2.bbox_pred", dict(state)
+    units = torch.tensor([0.033, 0.033, 0.067, 0.067]) * torch.tensor(UNITS) * 3
+    for kind in ("weight", "bias"):
+        value = found.get(f"{layer}.{kind}")
+        if value is not None and len(value) == len(units):
+            found[f"{layer}.{kind}"] = value * units.to(value).view(-1, *(1,) * (value.dim() - 1))
+    return found
+
+
 FAMILY = Family(
     model=CascadeRCNN,
     steps=CascadeRCNNSteps,
@@ -298,4 +312,16 @@ FAMILY = Family(
     head_groups=head_groups,
     head_counts=head_counts,
     class_layers={f"{ROI}box_predictor.{{}}.cls_score": 1},
+    mmdet=MMDet(
+        mark="roi_head.bbox_head.0.fc_cls.weight",
+        names=(
+            *RPN_NAMES,
+            (r"roi_head\.bbox_head\.(\d+)\.shared_fcs\.0\.", rf"{ROI}box_head.\1.fc6."),
+            (r"roi_head\.bbox_head\.(\d+)\.shared_fcs\.1\.", rf"{ROI}box_head.\1.fc7."),
+            (r"roi_head\.bbox_head\.(\d+)\.fc_cls\.", rf"{ROI}box_predictor.\1.cls_score."),
+            (r"roi_head\.bbox_head\.(\d+)\.fc_reg\.", rf"{ROI}box_predictor.\1.bbox_pred."),
+        ),
+        spec=MMDET_REGIONS,
+        adjust=_in_our_units,
+    ),
 )

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
 from autodet.detectors.dims import Blocks, Named, biased
@@ -27,10 +27,17 @@ from autodet.detectors.pyramid import (
     unsaid_frame,
 )
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.state import Read, State, count, octaves_of, sizes
+from autodet.detectors.state import MMDet, Read, State, count, octaves_of, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Regions, Target
 
 ROI = "roi_heads."
+RPN_NAMES = (  # mmdetection's → ours
+    (r"rpn_head\.rpn_conv\.(weight|bias)", r"rpn.head.conv.0.0.\1"),
+    (r"rpn_head\.rpn_conv\.(\d+)\.conv\.", r"rpn.head.conv.\1.0."),
+    (r"rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
+    (r"rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
+)
+MMDET_REGIONS = {"roi_aligned": True, "roi_sampling": 0}  # how mmdetection pools regions
 
 
 @dataclass
@@ -166,6 +173,21 @@ def rcnn_options(spec: DetectorSpec) -> dict[str, Any]:
     }
 
 
+class AlignedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]  # torchvision has no types
+    """RoIAlign that takes a cell's value to be that of its centre, not of its corner (``aligned`` of roi_align)."""
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """As MultiScaleRoIAlign: R×C×size×size."""
+        levels = self.map_levels(boxes)
+        regions = torch.cat([nn.functional.pad(own, (1, 0), value=float(image)) for image, own in enumerate(boxes)])
+        rows = [(levels == level).nonzero()[:, 0] for level in range(len(self.scales))]
+        parts = [
+            roi_align(x[name], regions[chosen], self.output_size, scale, self.sampling_ratio, aligned=True)
+            for name, chosen, scale in zip(self.featmap_names, rows, self.scales, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
 def region_pool(spec: DetectorSpec, size: int) -> MultiScaleRoIAlign:
     """RoIAlign of size×size bins, at the nominal strides of the levels that come from the body.
 
@@ -173,7 +195,8 @@ def region_pool(spec: DetectorSpec, size: int) -> MultiScaleRoIAlign:
     would change all later detections.
     """
     strides = spec.body_levels
-    pool = MultiScaleRoIAlign([str(index) for index in range(len(strides))], size, spec.roi_sampling)
+    kind = AlignedRoIAlign if spec.roi_aligned else MultiScaleRoIAlign
+    pool = kind([str(index) for index in range(len(strides))], size, spec.roi_sampling)
     pool.scales = [1 / stride for stride in strides]
     first, last = strides[0].bit_length() - 1, strides[-1].bit_length() - 1
     pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
@@ -207,6 +230,7 @@ def describe_rcnn(
         "head_width": head.fc6.out_features,
         "roi_size": heads.box_roi_pool.output_size[0],
         "roi_sampling": heads.box_roi_pool.sampling_ratio,
+        "roi_aligned": isinstance(heads.box_roi_pool, AlignedRoIAlign),
         "proposals_before_nms": (rpn._pre_nms_top_n["training"], rpn._pre_nms_top_n["testing"]),
         "proposals": (rpn._post_nms_top_n["training"], rpn._post_nms_top_n["testing"]),
         "regions_per_image": heads.fg_bg_sampler.batch_size_per_image,
@@ -301,4 +325,15 @@ FAMILY = Family(
     head_groups=head_groups,
     head_counts=head_counts,
     class_layers={f"{ROI}box_predictor.cls_score": 1, f"{ROI}box_predictor.bbox_pred": 4},
+    mmdet=MMDet(
+        mark="roi_head.bbox_head.fc_cls.weight",
+        names=(
+            *RPN_NAMES,
+            (r"roi_head\.bbox_head\.shared_fcs\.0\.", f"{ROI}box_head.fc6."),
+            (r"roi_head\.bbox_head\.shared_fcs\.1\.", f"{ROI}box_head.fc7."),
+            (r"roi_head\.bbox_head\.fc_cls\.", f"{ROI}box_predictor.cls_score."),
+            (r"roi_head\.bbox_head\.fc_reg\.", f"{ROI}box_predictor.bbox_pred."),
+        ),
+        spec=MMDET_REGIONS,
+    ),
 )

@@ -45,6 +45,7 @@ class DetectorSpec:
     neck_width: int = 256
     levels: tuple[int, ...] = (4, 8, 16, 32, 64)
     top: str = "pool"
+    top_relu: bool = True  # between the levels 64 and 128; mmdetection's usual detectors have none there
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_depth: int = 1
@@ -52,6 +53,8 @@ class DetectorSpec:
     stage_ious: tuple[float, ...] = ()  # of a cascade of box heads, each one's least overlap with its object
     roi_size: int = 7
     roi_sampling: int = 2  # points a bin and direction; on a CPU their gradient is the largest cost of a small detector
+    # 0: one for each cell of the map. aligned: the cells' centres are half a cell from their corners, as mmdetection's
+    roi_aligned: bool = False
     proposals_before_nms: tuple[int, int] = (2000, 1000)  # training, evaluation; per level
     proposals: tuple[int, int] = (2000, 1000)  # training, evaluation; per image
     regions_per_image: int = 512
@@ -202,7 +205,7 @@ def _problems(spec: DetectorSpec) -> list[str]:
     below = BODY_STRIDES[len(BODY_STRIDES) - len(spec.body_levels) :]
     above = ABOVE[spec.top]
     positive = (
-        *("neck_width", "rpn_depth", "head_width", "roi_size", "roi_sampling", "detections", "min_size"),
+        *("neck_width", "rpn_depth", "head_width", "roi_size", "detections", "min_size"),
         *("regions_per_image", "anchor_octaves", "head_depth", "candidates"),
     )
     checks = [
@@ -225,6 +228,7 @@ def _problems(spec: DetectorSpec) -> list[str]:
             min(*spec.proposals, *spec.proposals_before_nms) < 1,
             f"proposals {spec.proposals} and proposals_before_nms {spec.proposals_before_nms} must be at least 1",
         ),
+        (spec.roi_sampling < 0, f"roi_sampling is {spec.roi_sampling}, expected at least 0"),
         (spec.max_size < spec.min_size, f"max_size {spec.max_size} is below min_size {spec.min_size}"),
         (spec.box_loss not in BOX_LOSSES, f"box_loss {spec.box_loss!r} is none of {', '.join(BOX_LOSSES)}"),
         *_head_problems(spec),

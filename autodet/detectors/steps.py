@@ -16,7 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from autodet.detectors.dims import Named
 from autodet.detectors.spec import DetectorSpec
-from autodet.detectors.state import Read, State
+from autodet.detectors.state import MMDet, Read, State
 
 Target = dict[
     str, Tensor
@@ -129,7 +129,7 @@ class Family:
     cannot say a part. read: what a state dict's head tells, None where it is another family's. head_groups: the head's
     tensors and whose channels their dimensions are; head_counts: channels of the groups that the head itself makes.
     class_layers: layers that answer for every class → how many numbers in a row are of one class; ``{}`` in a name
-    stands for the number of a stage of box heads.
+    stands for the number of a stage of box heads. mmdet: how mmdetection's weights of the family are read, if at all.
     """
 
     model: type[nn.Module]
@@ -140,6 +140,7 @@ class Family:
     head_groups: Callable[[DetectorSpec], Named]
     head_counts: Callable[[DetectorSpec], dict[str, int]]
     class_layers: Mapping[str, int]
+    mmdet: MMDet | None = None
 
     def class_layers_of(self, spec: DetectorSpec) -> dict[str, int]:
         """The class layers of one detector, by their whole names."""

@@ -359,11 +359,14 @@ def test_ten_images_are_learned_by_heart(tmp_path: Path) -> None:
         roi_size=5,
         anchor_sizes=(8, 16, 24, 32, 64),
         score_threshold=0.05,
+        proposals_before_nms=(300, 200),
+        proposals=(200, 100),
+        regions_per_image=64,
     )
     detector: Detector = build(spec)
     cache = ImageCache(dataset, spec.min_size, spec.max_size, tmp_path / "cache")
     loader = Loader(cache, dataset, spec.label_map, BatchPlan(5, seed=0, flip=0))
-    trainer = Trainer(detector, loader, TrainSettings(150, 5, lr=2e-3, flip=0), seed=0)
+    trainer = Trainer(detector, loader, TrainSettings(200, 5, lr=2e-3, flip=0), seed=0)
     for _ in trainer.epochs():
         pass
     found = evaluate(lambda batch: detect(detector, batch.images), loader, dataset, spec.categories)

@@ -58,6 +58,7 @@ def test_another_kind_of_model_is_refused() -> None:
         ({"head_groups": 7}, "head_groups 7 do not divide neck_width 16"),
         ({"head_groups": -1}, "head_groups|group norms"),
         ({"head_depth": 0}, "head_depth is 0, expected at least 1"),
+        ({"roi_sampling": -1}, "roi_sampling is -1, expected at least 0"),
         ({"candidates": 0}, "candidates is 0, expected at least 1"),
         ({"anchor_octaves": 0}, "anchor_octaves"),
         ({"box_loss": "iou"}, "box_loss 'iou' is none of l1"),

@@ -61,6 +61,10 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         "two stages read": with_body_levels(spec, (16, 32)),
         "four stages read": with_body_levels(spec, (4, 8, 16, 32)),
     }
+    if spec.two_stage:
+        found["other pooling"] = replace(spec, roi_aligned=True, roi_sampling=0)
+    else:
+        found["no ReLU"] = replace(spec, top_relu=False)
     return found | {f"top {top}": replace(spec, top=top) for top in TRAITS[family].tops}
 
 

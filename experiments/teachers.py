@@ -1,4 +1,4 @@
-"""Teachers that a user names: a detector file, a torchvision state dict, or a member of a pool."""
+"""Teachers that a user names: a detector file, a state dict of torchvision or mmdetection, or a member of a pool."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from autodet.detectors.dims import Named, tower_counts, tower_groups
 from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, one_stage
+from autodet.detectors.state import CLASSIFY, REGRESS, MMDet, Read, State, count, one_stage
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
 
@@ -121,4 +121,9 @@ FAMILY = Family(
     head_groups=head_groups,
     head_counts=tower_counts,
     class_layers={f"{CLASSIFY}cls_logits": 1},
+    mmdet=MMDet(
+        mark="bbox_head.conv_centerness.weight",
+        refused="an FCOS of mmdetection's, which answers for points half a stride from torchvision's and scales each "
+        "level's distances by a number of its own: torchvision's FCOS cannot compute it; train one here instead",
+    ),
 )

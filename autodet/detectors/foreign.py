@@ -1,15 +1,17 @@
-"""A user's torchvision state dict as a detector; the settings that its tensors do not tell are torchvision's own."""
+"""A user's state dict of torchvision or mmdetection as a detector; settings that its tensors do not tell are these
+libraries' own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from autodet.detectors.arch import Arch, ArchError
 from autodet.detectors.build import FAMILY_OF, build, is_detector_file, load_detector
-from autodet.detectors.spec import COCO_LABELS, DetectorSpec, SpecError, standard_spec
+from autodet.detectors.mmdet import COCO_80, from_mmdet, is_mmdet
+from autodet.detectors.spec import COCO_LABELS, FAMILIES, DetectorSpec, SpecError, standard_spec
 from autodet.detectors.state import ADAPT, Read, State, count, sizes
 from autodet.detectors.steps import Detector
 from autodet.detectors.weights import load_strict, modern_names, read_state_dict
@@ -21,7 +23,7 @@ BODY: Final = "backbone.body."
 
 
 def load_any_detector(path: Path | str, labels: Labels, min_size: int | None = None) -> Detector:
-    """A detector in evaluation mode from a file of ``save_detector`` or of a torchvision state dict.
+    """A detector in evaluation mode from a file of ``save_detector``, or of torchvision's or mmdetection's state dict.
 
     labels, min_size: of a state dict, as ``detector_of_state_dict`` takes them (None: 800); a file of ours knows its
     own. WeightsError or SpecError, which name the file, where it cannot be read or is no detector that we know.
@@ -40,12 +42,14 @@ def detector_of_state_dict(
     source: str = "the state dict",
     norm_eps: float | None = None,
 ) -> Detector:
-    """The torchvision detector that a state dict belongs to, in evaluation mode.
+    """The torchvision detector that a state dict belongs to, in evaluation mode; of mmdetection's, the same detector in
+    torchvision's terms (see ``mmdet.py`` for what that means, and for what is refused).
 
     Family, body, widths, depths, levels and the number of classes are read off the tensors. Anchors, group norms, and
     what acts on images and detections are as torchvision's constructors have them: a model built otherwise needs
     ``adapt``. labels: of the data; where there are 90 classes and other labels, those are COCO's raw ids
-    (``COCO_LABELS``). min_size, max_size: pixels, as it was trained. source: names the state dict in errors.
+    (``COCO_LABELS``), and of mmdetection's 80 those of them that name something (``COCO_80``). min_size, max_size:
+    pixels, as it was trained. source: names the state dict in errors.
 
     Norms without a count of batches are frozen ones. norm_eps: theirs, which no tensor tells. None: 0 for Faster R-CNN
     and RetinaNet on a ResNet-50, since torchvision's COCO weights of these have 0 and so has what is fine-tuned from
@@ -54,9 +58,12 @@ def detector_of_state_dict(
     SpecError where it belongs to no such detector or the labels are of another number, WeightsError where tensors of
     one are missing, superfluous, or of another shape.
     """
-    state = modern_names(state)
+    state, coco = modern_names(state), COCO_LABELS
+    fields: dict[str, Any] = {}
     try:
-        spec = replace(_spec(state, labels, norm_eps), min_size=min_size, max_size=max_size)
+        if is_mmdet(state):
+            (state, fields), coco = from_mmdet(state), COCO_80
+        spec = replace(_spec(state, labels, coco, norm_eps), **fields, min_size=min_size, max_size=max_size)
     except ArchError as error:
         raise SpecError(f"{source}: expected a ResNet as the detector's body. {error}") from error
     except SpecError as error:
@@ -67,13 +74,13 @@ def detector_of_state_dict(
     return detector
 
 
-def _spec(state: State, labels: Labels, norm_eps: float | None) -> DetectorSpec:
+def _spec(state: State, labels: Labels, coco: Labels, norm_eps: float | None) -> DetectorSpec:
     if not any(name.startswith(BODY) for name in state):
         raise _unknown(state)
     body = Arch.of_state_dict(state, BODY)
     family, (classes, fields) = _read(state)
     width = sizes(state, "backbone.fpn.layer_blocks.0.0.weight", 4)[0]
-    spec = standard_spec(family, body, _labels(classes, labels))
+    spec = standard_spec(family, body, _labels(classes, labels, coco))
     levels, expected = count(state, "backbone.fpn.inner_blocks.{}.0.weight"), len(spec.body_levels)
     if levels != expected:
         raise SpecError(f"expected a pyramid on the body's last {expected} stages, found one on {levels}; {ADAPT}.")
@@ -92,8 +99,9 @@ def _read(state: State) -> tuple[str, Read]:
 
 def _unknown(state: State) -> SpecError:
     return SpecError(
-        f"expected the state dict of one of {', '.join(FAMILY_OF)} in torchvision's names (rpn.head.*, "
-        f"head.classification_head.*), found one with {', '.join(list(state)[:3])}, …"
+        f"expected the state dict of one of {', '.join(FAMILIES)} in torchvision's names (rpn.head.*, "
+        f"head.classification_head.*) or mmdetection's (neck.lateral_convs.*), found one with "
+        f"{', '.join(list(state)[:3])}, …"
     )
 
 
@@ -110,12 +118,12 @@ def _frozen_eps(spec: DetectorSpec) -> float:
     return 0.0 if spec.family in ("faster_rcnn", "retinanet") and spec.body == Arch.resnet50() else 1e-5
 
 
-def _labels(classes: int, labels: Labels) -> Labels:
-    """The data's labels, or COCO's raw ids, by their number."""
+def _labels(classes: int, labels: Labels, coco: Labels) -> Labels:
+    """The data's labels, or COCO's, by their number."""
     if classes == len(labels):
         return labels
-    if classes == len(COCO_LABELS):
-        return COCO_LABELS
+    if classes == len(coco):
+        return coco
     raise SpecError(
         f"it has {classes} classes besides background, which is its class 0, but the data has {len(labels)} labels. "
         f"Give the labels that it was trained on, or fine-tune it on these (num_classes={len(labels) + 1})."

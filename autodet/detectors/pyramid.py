@@ -42,6 +42,15 @@ class PyramidSteps(nn.Module):
         return dict(zip(self.spec.levels, backbone(inputs.images.tensors).values(), strict=True))
 
 
+class PlainP6P7(LastLevelP6P7):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's two levels above the body's without the ReLU between them, as mmdetection's usual pyramids."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Maps and names of the body's levels, and the body's own maps → both with P6 and P7 at their ends."""
+        p6 = self.p6(p[-1] if self.use_P5 else c[-1])
+        return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
+
+
 def build_backbone(spec: DetectorSpec) -> BackboneWithFPN:
     """A body and a pyramid with fresh weights; parameter names are torchvision's."""
     body = ResNetBody(spec.body, norm_layer(spec.norm, spec.norm_eps))
@@ -49,7 +58,8 @@ def build_backbone(spec: DetectorSpec) -> BackboneWithFPN:
     widths = [spec.body.stages[stage].width for stage in stages]
     above: LastLevelMaxPool | LastLevelP6P7 = LastLevelMaxPool()
     if spec.top != "pool":
-        above = LastLevelP6P7(widths[-1] if spec.top == "body" else spec.neck_width, spec.neck_width)
+        kind = LastLevelP6P7 if spec.top_relu else PlainP6P7
+        above = kind(widths[-1] if spec.top == "body" else spec.neck_width, spec.neck_width)
         above.use_P5 = spec.top == "neck"  # torchvision goes by the widths, which may be equal by chance
     return BackboneWithFPN(
         body,
@@ -95,6 +105,7 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
         "neck_width": backbone.out_channels,
         "levels": (*_body_levels(body, len(fpn.inner_blocks)), *ABOVE[top]),
         "top": top,
+        "top_relu": not isinstance(fpn.extra_blocks, PlainP6P7),
     }
 
 

@@ -23,7 +23,7 @@ from autodet.detectors.pyramid import (
     unsaid_frame,
 )
 from autodet.detectors.spec import DetectorSpec, SpecError, octaves
-from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, one_stage
+from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, MMDet, Read, State, count, one_stage
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
 V2_GROUPS = 32  # of the group norms of torchvision's second version
@@ -135,4 +135,13 @@ FAMILY = Family(
     head_groups=head_groups,
     head_counts=tower_counts,
     class_layers={f"{CLASSIFY}cls_logits": 1},
+    mmdet=MMDet(
+        mark="bbox_head.retina_cls.weight",
+        names=(
+            *TOWER_NAMES,
+            (r"bbox_head\.retina_cls\.", f"{CLASSIFY}cls_logits."),
+            (r"bbox_head\.retina_reg\.", f"{REGRESS}bbox_reg."),
+        ),
+        spec={"top_relu": False, "detections": 100},
+    ),
 )

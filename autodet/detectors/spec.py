@@ -31,9 +31,10 @@ class DetectorSpec:
     by the raw category ids, ten of which name nothing: give all from 1 to 90 there (``COCO_LABELS``).
     levels: nominal strides of the pyramid; those up to 32 come from the body's stages. top: what the levels above are
     made from: "pool" (64, pooled), or convolutions (64 and 128) on the "neck"'s or the "body"'s last map.
-    Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's,
-    anchor_octaves and box_loss RetinaNet's, head_depth to candidates those of RetinaNet and FCOS, whose anchor_sizes
-    are the unit of its distances. ``standard_spec`` gives each family torchvision's own values.
+    Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's and what
+    extends it, stage_ious Cascade R-CNN's, anchor_octaves and box_loss RetinaNet's, head_depth to candidates those of
+    RetinaNet and FCOS, whose anchor_sizes are the unit of its distances. ``standard_spec`` gives each family
+    torchvision's own values.
     """
 
     family: str
@@ -44,12 +45,16 @@ class DetectorSpec:
     neck_width: int = 256
     levels: tuple[int, ...] = (4, 8, 16, 32, 64)
     top: str = "pool"
+    top_relu: bool = True  # between the levels 64 and 128; mmdetection's usual detectors have none there
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_depth: int = 1
     head_width: int = 1024
+    stage_ious: tuple[float, ...] = ()  # of a cascade of box heads, each one's least overlap with its object
     roi_size: int = 7
     roi_sampling: int = 2  # points a bin and direction; on a CPU their gradient is the largest cost of a small detector
+    # 0: one for each cell of the map. aligned: the cells' centres are half a cell from their corners, as mmdetection's
+    roi_aligned: bool = False
     proposals_before_nms: tuple[int, int] = (2000, 1000)  # training, evaluation; per level
     proposals: tuple[int, int] = (2000, 1000)  # training, evaluation; per image
     regions_per_image: int = 512
@@ -200,7 +205,7 @@ def _problems(spec: DetectorSpec) -> list[str]:
     below = BODY_STRIDES[len(BODY_STRIDES) - len(spec.body_levels) :]
     above = ABOVE[spec.top]
     positive = (
-        *("neck_width", "rpn_depth", "head_width", "roi_size", "roi_sampling", "detections", "min_size"),
+        *("neck_width", "rpn_depth", "head_width", "roi_size", "detections", "min_size"),
         *("regions_per_image", "anchor_octaves", "head_depth", "candidates"),
     )
     checks = [
@@ -223,6 +228,7 @@ def _problems(spec: DetectorSpec) -> list[str]:
             min(*spec.proposals, *spec.proposals_before_nms) < 1,
             f"proposals {spec.proposals} and proposals_before_nms {spec.proposals_before_nms} must be at least 1",
         ),
+        (spec.roi_sampling < 0, f"roi_sampling is {spec.roi_sampling}, expected at least 0"),
         (spec.max_size < spec.min_size, f"max_size {spec.max_size} is below min_size {spec.min_size}"),
         (spec.box_loss not in BOX_LOSSES, f"box_loss {spec.box_loss!r} is none of {', '.join(BOX_LOSSES)}"),
         *_head_problems(spec),
@@ -243,6 +249,15 @@ def _head_problems(spec: DetectorSpec) -> list[tuple[bool, str]]:
         (
             spec.head_groups < 0 or (spec.head_groups > 0 and spec.neck_width % spec.head_groups != 0),
             f"head_groups {spec.head_groups} do not divide neck_width {spec.neck_width}",
+        ),
+        (
+            (len(spec.stage_ious) > 1) != traits.cascaded or len(spec.stage_ious) == 1,
+            f"stage_ious are {spec.stage_ious}, but a {spec.family} has "
+            + ("two at least" if traits.cascaded else "one stage: expected ()"),
+        ),
+        (
+            not all(0 < iou < 1 for iou in spec.stage_ious),
+            f"stage_ious {spec.stage_ious} are not all between 0 and 1",
         ),
         (spec.head_depth > layers, f"head_depth {spec.head_depth} is above a {spec.family}'s {layers}"),
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor
@@ -14,7 +15,31 @@ Read = tuple[int, dict[str, Any]]  # classes besides background, and a spec's fi
 
 CLASSIFY: Final = "head.classification_head."
 REGRESS: Final = "head.regression_head."
+# mmdetection's towers → torchvision's where it numbers their layers in pairs of convolution and norm.
+TOWER_NAMES: Final = (
+    (r"bbox_head\.cls_convs\.(\d+)\.conv\.", rf"{CLASSIFY}conv.\1.0."),
+    (r"bbox_head\.cls_convs\.(\d+)\.gn\.", rf"{CLASSIFY}conv.\1.1."),
+    (r"bbox_head\.reg_convs\.(\d+)\.conv\.", rf"{REGRESS}conv.\1.0."),
+    (r"bbox_head\.reg_convs\.(\d+)\.gn\.", rf"{REGRESS}conv.\1.1."),
+)
 ADAPT: Final = "build that model yourself and give it to adapt()"
+
+
+@dataclass(frozen=True)
+class MMDet:
+    """What mmdetection calls a family's head, and where its usual detector differs from a spec's (see ``mmdet.py``).
+
+    mark: a tensor's name that tells the family. names: (pattern, replacement) of its head's names, as ``re.sub`` takes
+    them; body and neck are ``mmdet.py``'s. spec: fields of a spec whose values no tensor tells. adjust: what else has
+    to become of the tensors, by their new names, before the classes move. refused: why no detector of ours can be such
+    a one, and what to do; empty where it can.
+    """
+
+    mark: str
+    names: tuple[tuple[str, str], ...] = ()
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    adjust: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    refused: str = ""
 
 
 def sizes(state: State, name: str, dimensions: int) -> tuple[int, ...]:

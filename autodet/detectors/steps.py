@@ -16,7 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from autodet.detectors.dims import Named
 from autodet.detectors.spec import DetectorSpec
-from autodet.detectors.state import Read, State
+from autodet.detectors.state import MMDet, Read, State
 
 Target = dict[
     str, Tensor
@@ -62,12 +62,14 @@ class Dense:
 class Regions:
     """Second-stage responses on given proposals (R in all images together, label 0 is background).
 
-    proposals: per image R_i×4 xyxy pixels; class_logits: R×(K+1); box_deltas: R×4(K+1).
+    proposals: per image R_i×4 xyxy pixels; class_logits: R×(K+1), of which the softmax is the classes' probabilities;
+    box_deltas: R×4(K+1), from the proposals, or from ``references`` (R_i×4 per image) where earlier heads moved these.
     """
 
     proposals: list[Tensor]
     class_logits: Tensor
     box_deltas: Tensor
+    references: list[Tensor] | None = None
 
 
 class Detector(Protocol):
@@ -114,7 +116,7 @@ class TwoStage(Detector, Protocol):
         ...
 
     def region_corners(self, regions: Regions) -> Tensor:
-        """The regions' boxes of every class, R×(K+1)×4 xyxy, in units of the proposal from its centre."""
+        """The regions' boxes of every class, R×(K+1)×4 xyxy, in units of the given proposal from its centre."""
         ...
 
 
@@ -126,7 +128,8 @@ class Family:
     torch's generator. describe: the spec of a user's model whose labels are (category id, name); SpecError where a spec
     cannot say a part. read: what a state dict's head tells, None where it is another family's. head_groups: the head's
     tensors and whose channels their dimensions are; head_counts: channels of the groups that the head itself makes.
-    class_layers: layers that answer for every class → how many numbers in a row are of one class.
+    class_layers: layers that answer for every class → how many numbers in a row are of one class; ``{}`` in a name
+    stands for the number of a stage of box heads. mmdet: how mmdetection's weights of the family are read, if at all.
     """
 
     model: type[nn.Module]
@@ -137,3 +140,9 @@ class Family:
     head_groups: Callable[[DetectorSpec], Named]
     head_counts: Callable[[DetectorSpec], dict[str, int]]
     class_layers: Mapping[str, int]
+    mmdet: MMDet | None = None
+
+    def class_layers_of(self, spec: DetectorSpec) -> dict[str, int]:
+        """The class layers of one detector, by their whole names."""
+        stages = range(max(1, len(spec.stage_ious)))
+        return {name.format(stage): each for name, each in self.class_layers.items() for stage in stages}

@@ -59,7 +59,9 @@ def _foreign(name: str, student: DetectorSpec, teacher: DetectorSpec) -> bool:
         return name.startswith(P6) and student.top != teacher.top
     if student.family != teacher.family:
         return True
-    if student.labels != teacher.labels and name.rpartition(".")[0] in FAMILY_OF[student.family].class_layers:
+    if student.labels != teacher.labels and name.rpartition(".")[0] in FAMILY_OF[student.family].class_layers_of(
+        student
+    ):
         return True
     return ANCHORS.search(name) is not None and not same_anchors(student, teacher)
 

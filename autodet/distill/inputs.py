@@ -82,7 +82,10 @@ def dense_logits(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
 
 
 def region_logits(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
-    """Class logits of the second stages on the teacher's proposals, R×(K+1)."""
+    """Class logits of the second stages on the teacher's proposals, R×(K+1).
+
+    What they have in common in a row means nothing: a cascade's are logarithms of probabilities, others' are not.
+    """
     ours, theirs = _regions(student), _regions(teacher)
     counts = [len(boxes) for boxes in theirs.proposals]
     return [(vector_value(ours.class_logits, counts), vector_value(theirs.class_logits, counts))]

@@ -24,7 +24,7 @@ def keep_labels(spec: DetectorSpec, weights: Weights, labels: Sequence[tuple[int
     classes = torch.tensor([0, *(spec.label_map[id] for id, _ in labels)])  # 0 is the background
     fresh = {
         f"{layer}.{kind}": _rows(weights[f"{layer}.{kind}"], classes, len(spec.labels) + 1, each)
-        for layer, each in FAMILY_OF[spec.family].class_layers.items()
+        for layer, each in FAMILY_OF[spec.family].class_layers_of(spec).items()
         for kind in ("weight", "bias")
     }
     return Morph(spec, spec.with_labels(labels), fresh=fresh)

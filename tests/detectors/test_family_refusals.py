@@ -58,6 +58,7 @@ def test_another_kind_of_model_is_refused() -> None:
         ({"head_groups": 7}, "head_groups 7 do not divide neck_width 16"),
         ({"head_groups": -1}, "head_groups|group norms"),
         ({"head_depth": 0}, "head_depth is 0, expected at least 1"),
+        ({"roi_sampling": -1}, "roi_sampling is -1, expected at least 0"),
         ({"candidates": 0}, "candidates is 0, expected at least 1"),
         ({"anchor_octaves": 0}, "anchor_octaves"),
         ({"box_loss": "iou"}, "box_loss 'iou' is none of l1"),
@@ -80,6 +81,9 @@ def test_no_family_can_have(family: str, change: dict[str, Any], reason: str) ->
         ("retinanet", {"top": "pool"}, "top 'pool' is none of neck, body"),
         ("retinanet", {"head_depth": 5}, "head_depth 5 is above a retinanet's 4"),
         ("retinanet", {"levels": (8, 16, 32, 64)}, "levels .* are not strides up to 32, then 64 and 128"),
+        ("faster_rcnn", {"stage_ious": (0.5, 0.6)}, r"stage_ious are \(0.5, 0.6\), but a faster_rcnn has one stage"),
+        ("cascade_rcnn", {"stage_ious": (0.5,)}, r"stage_ious are \(0.5,\), but a cascade_rcnn has two at least"),
+        ("cascade_rcnn", {"stage_ious": (0.5, 1.0)}, r"stage_ious \(0.5, 1.0\) are not all between 0 and 1"),
         ("faster_rcnn", {"top": "neck"}, "top 'neck' is none of pool"),
         ("faster_rcnn", {"anchor_octaves": 3}, "anchor_octaves is 3, but always 1"),
         ("faster_rcnn", {"levels": (8, 16, 32, 64, 128)}, "levels .* are not strides up to 32, then 64"),
@@ -91,7 +95,7 @@ def test_a_family_cannot_have(family: str, change: dict[str, Any], reason: str) 
 
 
 def test_an_unknown_family_has_no_standard_spec() -> None:
-    with pytest.raises(SpecError, match="family among faster_rcnn, retinanet, fcos, found 'yolo'"):
+    with pytest.raises(SpecError, match=r"family among faster_rcnn, retinanet, fcos.*, found 'yolo'"):
         standard_spec("yolo", Arch.resnet18(), ONE)
 
 

@@ -61,6 +61,10 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         "two stages read": with_body_levels(spec, (16, 32)),
         "four stages read": with_body_levels(spec, (4, 8, 16, 32)),
     }
+    if spec.two_stage:
+        found["other pooling"] = replace(spec, roi_aligned=True, roi_sampling=0)
+    else:
+        found["no ReLU"] = replace(spec, top_relu=False)
     return found | {f"top {top}": replace(spec, top=top) for top in TRAITS[family].tops}
 
 
@@ -76,6 +80,7 @@ OWN: dict[str, dict[str, Any]] = {
     "faster_rcnn": {"rpn_depth": 2, "anchor_ratios": (0.5, 1.5), "head_width": 24, "roi_size": 5, "roi_sampling": 1},
     "retinanet": {"anchor_octaves": 2, "anchor_ratios": (1.0,), "box_loss": "giou", "head_groups": 8, "head_depth": 3},
     "fcos": {"head_groups": 2, "head_depth": 1, "candidates": 7},
+    "cascade_rcnn": {"rpn_depth": 2, "head_width": 24, "stage_ious": (0.4, 0.55), "roi_size": 5, "roi_sampling": 1},
 }
 VARIANTS += [pytest.param(small_spec(family, **OWN[family]), id=f"{family}, its own fields") for family in OWN]
 

@@ -43,7 +43,9 @@ OLD_HEADS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")  # published b
 
 def plain_spec(family: str, **changes: Any) -> DetectorSpec:
     """torchvision's settings, of which a state dict does not tell, around a narrow body and neck."""
-    return replace(standard_spec(family, BODY, LABELS), **{"neck_width": 32, "min_size": 64, "max_size": 96} | changes)
+    spec = standard_spec(family, BODY, LABELS)
+    narrow = {"neck_width": 32, "min_size": 64, "max_size": 96} | ({"head_width": 64} if spec.two_stage else {})
+    return replace(spec, **narrow | changes)
 
 
 def state_of(spec: DetectorSpec) -> State:
@@ -102,7 +104,7 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         "another body and neck": plain_spec(family, body=grouped, neck_width=64),
         "frozen": plain_spec(family, norm="frozen"),
     }
-    if family == "faster_rcnn":
+    if found["plain"].two_stage:
         return found | {"another head": plain_spec(family, rpn_depth=2, head_width=24, roi_size=5)}
     found |= {"another depth": plain_spec(family, head_depth=2), "top body": plain_spec(family, top="body")}
     if family == "retinanet":

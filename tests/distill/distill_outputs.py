@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autodet.data import Batch
 from autodet.detectors import Arch, Detector, DetectorSpec
+from autodet.detectors.traits import TRAITS
 from autodet.distill.formula import Formula
 from autodet.distill.inputs import INPUTS
 from autodet.distill.outputs import DetectorOutput, RegionOutput, Size
@@ -39,8 +40,8 @@ def spec_of(family: str) -> DetectorSpec:
         min_size=64,
         max_size=96,
     )
-    if family == "faster_rcnn":
-        return common
+    if TRAITS[family].two_stage:
+        return replace(common, family=family, **TRAITS[family].standard)
     strides = (8, 16, 32, 64, 128)
     one_stage = replace(common, family="retinanet", levels=strides, anchor_sizes=strides, top="neck", head_depth=1)
     if family == "retinanet":

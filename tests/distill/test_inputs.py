@@ -29,6 +29,7 @@ from distill_outputs import (
 
 from autodet.detectors import DetectorSpec, build
 from autodet.detectors.spec import FAMILIES
+from autodet.detectors.traits import TRAITS
 from autodet.distill.inputs import (
     INPUTS,
     comparable_inputs,
@@ -42,21 +43,18 @@ from autodet.distill.values import Value
 # Which pairs can be compared. ---
 
 FEATURES = ("global", "fg", "bg", "instance")
+TWO_STAGE = {family for family in FAMILIES if TRAITS[family].two_stage}
 COMPARABLE = {
     "same": {
-        ("faster_rcnn", "faster_rcnn"): tuple(INPUTS),
-        **{
-            pair: (*FEATURES, "logits.dense", "localization.dense")
-            for pair in itertools.product(FAMILIES, FAMILIES)
-            if pair != ("faster_rcnn", "faster_rcnn")
-        },
+        pair: tuple(INPUTS) if set(pair) <= TWO_STAGE else (*FEATURES, "logits.dense", "localization.dense")
+        for pair in itertools.product(FAMILIES, FAMILIES)
     },
     "labels": {  # objectness means the same whatever the labels
-        pair: (*FEATURES, *(["logits.dense"] if "faster_rcnn" in pair else []), "localization.dense")
+        pair: (*FEATURES, *(["logits.dense"] if TWO_STAGE & set(pair) else []), "localization.dense")
         for pair in itertools.product(FAMILIES, FAMILIES)
     },
     "size": {
-        pair: (*FEATURES, "logits.dense", *(["logits.roi", "localization.roi"] if set(pair) == {"faster_rcnn"} else []))
+        pair: (*FEATURES, "logits.dense", *(["logits.roi", "localization.roi"] if set(pair) <= TWO_STAGE else []))
         for pair in itertools.product(FAMILIES, FAMILIES)
     },
 }

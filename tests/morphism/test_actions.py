@@ -11,6 +11,7 @@ import torch
 from detector_cases import batch, families, small_spec, stirred
 
 from autodet.detectors import Arch, Detector, build, detect
+from autodet.detectors.traits import TRAITS
 from autodet.morphism.actions import (
     ACTIONS,
     ALL,
@@ -42,8 +43,8 @@ def drawn(parent: Detector, names: Sequence[str], seeds: range) -> list[Action]:
 @families
 def test_every_kind_is_drawn_prints_and_parses(family: str) -> None:
     found = drawn(parent_of(family), ALL, range(300))
-    impossible = {"faster_rcnn": {"remove_head_layer"}, "retinanet": {"prune_head", "keep_proposals"}}
-    expected = set(ALL) - impossible.get(family, impossible["retinanet"])
+    impossible = {"remove_head_layer"} if TRAITS[family].two_stage else {"prune_head", "keep_proposals"}
+    expected = set(ALL) - impossible
     assert {action.name for action in found} == expected
     for action in found:
         assert Action.parse(str(action)) == action

@@ -190,7 +190,7 @@ def test_moving_a_boundary_equals_removing_a_block_and_adding_a_silent_one() -> 
 
 @families
 def test_a_head_loses_its_last_layer_and_keeps_the_others(family: str) -> None:
-    changes = {"rpn_depth": 2} if family == "faster_rcnn" else {}
+    changes = {"rpn_depth": 2} if small_spec(family).two_stage else {}
     parent = detector_of(family, "tied", **changes)
     state = parent.model.state_dict()
     child = carry(remove_head_layer(parent.spec, state, random.Random(0)), parent)

@@ -20,7 +20,8 @@ class Traits:
     two_stage: a second stage looks at regions. tops: what the pyramid's levels above the body's may be made from.
     standard: where its usual detector differs from a spec's defaults. fixed: fields that have no other value in it.
     grouped: its head cannot be built without group norms. layers: the most that a tower of its head may have. reach:
-    the share of a level's stride, as a divisor, that an anchor has at least.
+    the share of a level's stride, as a divisor, that an anchor has at least. distributions: its head knows the place of
+    a box's side as a distribution over distances from the location, 0 to ``reg_max`` strides.
     """
 
     two_stage: bool
@@ -30,6 +31,7 @@ class Traits:
     grouped: bool = False
     layers: int | None = None
     reach: int | None = None
+    distributions: bool = False
 
     def least_anchor(self, stride: int) -> int:
         """The smallest anchor that a level of a stride may have, in pixels."""
@@ -44,10 +46,17 @@ _FCOS: Final[Mapping[str, Any]] = {
     "score_threshold": 0.2,
     "nms_threshold": 0.6,
 }
+_GFL: Final[Mapping[str, Any]] = {
+    "anchor_sizes": (64, 128, 256, 512, 1024),
+    "anchor_ratios": (1.0,),
+    "head_groups": 32,
+    "nms_threshold": 0.6,
+}
 _ONE_ANCHOR: Final[Mapping[str, Any]] = {"anchor_octaves": 1, "anchor_ratios": (1.0,)}
 
 TRAITS: Final[Mapping[str, Traits]] = {
     "faster_rcnn": Traits(True, ("pool",), fixed={"anchor_octaves": 1}),
     "retinanet": Traits(False, ("neck", "body"), {**_ONE_STAGE, "anchor_octaves": 3, "detections": 300}, layers=4),
     "fcos": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_FCOS}, _ONE_ANCHOR, grouped=True, reach=FCOS_REACH),
+    "gfl": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_GFL}, _ONE_ANCHOR, grouped=True, distributions=True),
 }

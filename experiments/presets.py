@@ -167,6 +167,13 @@ def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, 
             "head_groups": 8,
             "nms_threshold": 0.6,
         },
+        "gfl": one_stage
+        | {
+            "anchor_sizes": (32, 64, 128, 256, 512),
+            "anchor_ratios": (1.0,),
+            "head_groups": 8,
+            "nms_threshold": 0.6,
+        },
     }
     at_192 = DetectorSpec(
         family=family,
@@ -202,16 +209,18 @@ def divide(
 TEACHER = "basic-32:32x2-64x2-128x2-256x2"
 STUDENT = "basic-8:8x1-16x1-32x1-64x1"
 # For batches of 16: torchvision's reference recipes; of others, their public configurations.
-RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01, "cascade_rcnn": 0.02}
+RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01, "cascade_rcnn": 0.02, "gfl": 0.01}
 TEACHING = {  # preset cpu's teachers
     "faster_rcnn": recipe(16, lr=1e-3, ema=0.99),
     "retinanet": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
     "fcos": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
     "cascade_rcnn": recipe(16, lr=1e-3, ema=0.99),
+    "gfl": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
 }
 FULL = {  # preset cpu's students
     "faster_rcnn": recipe(16),
     "retinanet": recipe(12, batch_size=4),
     "fcos": recipe(12, batch_size=4),
     "cascade_rcnn": recipe(16),
+    "gfl": recipe(12, batch_size=4),
 }

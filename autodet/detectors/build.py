@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodet.detectors import cascade_rcnn, faster_rcnn, fcos, retinanet
+from autodet.detectors import cascade_rcnn, faster_rcnn, fcos, gfl, retinanet
 from autodet.detectors.spec import FAMILIES, DetectorSpec, SpecError
 from autodet.detectors.steps import Detector, Family, Target
 from autodet.detectors.weights import load_strict, load_weights, metadata_of, save_weights
@@ -19,6 +19,7 @@ from autodet.detectors.weights import load_strict, load_weights, metadata_of, sa
 FAMILY_OF: Mapping[str, Family] = {
     "cascade_rcnn": cascade_rcnn.FAMILY,
     "faster_rcnn": faster_rcnn.FAMILY,
+    "gfl": gfl.FAMILY,
     "retinanet": retinanet.FAMILY,
     "fcos": fcos.FAMILY,
 }

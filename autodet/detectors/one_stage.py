@@ -1,4 +1,4 @@
-"""Between maps and lists: what RetinaNet and FCOS have in common behind their heads."""
+"""Between maps and lists: what one-stage families have in common behind their heads."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def head_outputs(dense: Dense, classes: int) -> dict[str, Tensor]:
     outputs = {"cls_logits": flatten(dense.logits, classes), "bbox_regression": flatten(dense.deltas, 4)}
     if dense.centerness is not None:
         outputs["bbox_ctrness"] = flatten(dense.centerness, 1)
+    if dense.sides is not None:
+        outputs["bbox_distribution"] = flatten(dense.sides, next(iter(dense.sides.values())).shape[1])
     return outputs
 
 

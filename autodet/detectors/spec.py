@@ -32,9 +32,9 @@ class DetectorSpec:
     levels: nominal strides of the pyramid; those up to 32 come from the body's stages. top: what the levels above are
     made from: "pool" (64, pooled), or convolutions (64 and 128) on the "neck"'s or the "body"'s last map.
     Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's and what
-    extends it, stage_ious Cascade R-CNN's, anchor_octaves and box_loss RetinaNet's, head_depth to candidates those of
-    RetinaNet and FCOS, whose anchor_sizes are the unit of its distances. ``standard_spec`` gives each family
-    torchvision's own values.
+    extends it, stage_ious Cascade R-CNN's, anchor_octaves and box_loss RetinaNet's, reg_max GFL's, head_depth to
+    candidates those of the one-stage families. An FCOS's anchor_sizes are the unit of its distances, a GFL's decide
+    which locations learn an object. ``standard_spec`` gives each family torchvision's own values, or those of its paper.
     """
 
     family: str
@@ -62,6 +62,7 @@ class DetectorSpec:
     box_loss: str = "l1"
     head_depth: int = 4
     head_groups: int = 0  # of the head's group norms; 0: the head has none
+    reg_max: int = 16  # strides from a location to a box's side, at most
     candidates: int = 1000  # best responses of a level that enter NMS
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
@@ -206,7 +207,7 @@ def _problems(spec: DetectorSpec) -> list[str]:
     above = ABOVE[spec.top]
     positive = (
         *("neck_width", "rpn_depth", "head_width", "roi_size", "detections", "min_size"),
-        *("regions_per_image", "anchor_octaves", "head_depth", "candidates"),
+        *("regions_per_image", "anchor_octaves", "head_depth", "candidates", "reg_max"),
     )
     checks = [
         (spec.norm not in NORMS, f"norm {spec.norm!r} is none of {', '.join(NORMS)}"),

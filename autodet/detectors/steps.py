@@ -49,13 +49,15 @@ class Dense:
     A anchors stand at each location, the anchor being the outer and the class the inner index of the channels.
     logits: nominal stride → N×(A·K)×H×W, K = 1 (objectness) in a proposal network, labels + 1 in a one-stage head;
     deltas: nominal stride → N×4A×H×W in the family's own terms; anchors: per image, all × 4 xyxy, level by level, row
-    by row; centerness: nominal stride → N×A×H×W where the family has it.
+    by row; centerness: nominal stride → N×A×H×W where the family has it; sides: nominal stride → N×4B×H×W where it has
+    distributions (and one anchor), the logits that a side of the box lies 0, 1, …, B − 1 strides from the location.
     """
 
     logits: dict[int, Tensor]
     deltas: dict[int, Tensor]
     anchors: list[Tensor]
     centerness: dict[int, Tensor] | None = None
+    sides: dict[int, Tensor] | None = None
 
 
 @dataclass
@@ -76,7 +78,11 @@ class Detector(Protocol):
     """A family's adapter around its plain model. ``model.state_dict()`` has the plain model's parameter names."""
 
     spec: DetectorSpec
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain model."""
+        ...
 
     def preprocess(self, images: list[Tensor], targets: list[Target] | None = None) -> Inputs:
         """Images 3×h×w in [0, 1] (and targets in their pixels) → one padded batch."""

@@ -21,7 +21,8 @@ class Traits:
     standard: where its usual detector differs from a spec's defaults. fixed: fields that have no other value in it.
     grouped: its head cannot be built without group norms. layers: the most that a tower of its head may have. reach:
     the share of a level's stride, as a divisor, that an anchor has at least. cascaded: its second stage is several
-    box heads in a row.
+    box heads in a row. distributions: its head knows the place of a box's side as a distribution over distances from
+    the location, 0 to ``reg_max`` strides.
     """
 
     two_stage: bool
@@ -32,6 +33,7 @@ class Traits:
     layers: int | None = None
     reach: int | None = None
     cascaded: bool = False
+    distributions: bool = False
 
     def least_anchor(self, stride: int) -> int:
         """The smallest anchor that a level of a stride may have, in pixels."""
@@ -47,6 +49,12 @@ _FCOS: Final[Mapping[str, Any]] = {
     "nms_threshold": 0.6,
 }
 _CASCADE: Final[Mapping[str, Any]] = {"stage_ious": (0.5, 0.6, 0.7)}
+_GFL: Final[Mapping[str, Any]] = {
+    "anchor_sizes": (64, 128, 256, 512, 1024),
+    "anchor_ratios": (1.0,),
+    "head_groups": 32,
+    "nms_threshold": 0.6,
+}
 _ONE_ANCHOR: Final[Mapping[str, Any]] = {"anchor_octaves": 1, "anchor_ratios": (1.0,)}
 
 TRAITS: Final[Mapping[str, Traits]] = {
@@ -54,4 +62,5 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "retinanet": Traits(False, ("neck", "body"), {**_ONE_STAGE, "anchor_octaves": 3, "detections": 300}, layers=4),
     "fcos": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_FCOS}, _ONE_ANCHOR, grouped=True, reach=FCOS_REACH),
     "cascade_rcnn": Traits(True, ("pool",), _CASCADE, {"anchor_octaves": 1}, cascaded=True),
+    "gfl": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_GFL}, _ONE_ANCHOR, grouped=True, distributions=True),
 }

@@ -3,7 +3,7 @@
 An input is a function ``(student, teacher) -> pairs of values``, a reason why a pair of detectors may have no such
 pairs, and a line in ``INPUTS``, the list at the end. ``fg`` and ``bg`` are DetKDS's one foreground-background input
 with a formula of its own for each; ``localization``, which its public code leaves out, is ours, as are the weights of
-boxes and the reductions between heads of different families.
+boxes and the reductions between heads of different families. ``localization.sides`` is what LD compares.
 """
 
 from __future__ import annotations
@@ -103,9 +103,25 @@ def dense_boxes(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
         torch.cat([_location_boxes(side, stride, strongest) for stride in shared], dim=1) for side in (student, teacher)
     )
     chances = [_location_scores(teacher, stride, strongest).flatten(1).sigmoid() for stride in shared]
-    scores = torch.cat(chances, dim=1).detach()
-    weights = (scores / scores.sum(1, keepdim=True).clamp_min(1e-6) / len(scores)).flatten()
+    weights = _chance_weights(torch.cat(chances, dim=1)).flatten()
     values = [Value(boxes.flatten(0, 1), BOXES, None, weights) for boxes in (ours, theirs)]
+    return [(values[0], values[1])]
+
+
+def side_distributions(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """Logits of the distances from every location to each side of its box, R×B for the bins 0, …, B − 1 strides; one
+    value in all (LD, Zheng et al. 2022).
+
+    The rows of a location, its four sides, weigh together as the teacher's probability that there is an object.
+    """
+    shared = sorted(set(_sides(student)) & set(_sides(teacher)))
+    rows = []
+    for side in (student, teacher):
+        levels = [_sides(side)[stride].float().permute(0, 3, 4, 1, 2).flatten(1, 2) for stride in shared]
+        rows.append(torch.cat(levels, dim=1).flatten(0, 2))  # N×locations×4×B before
+    chances = [_location_scores(teacher, stride, strongest=True).flatten(1).sigmoid() for stride in shared]
+    weights = _chance_weights(torch.cat(chances, dim=1)).flatten().repeat_interleave(4) / 4
+    values = [Value(logits, VECTOR, None, weights) for logits in rows]
     return [(values[0], values[1])]
 
 
@@ -234,10 +250,22 @@ def _location_boxes(output: DetectorOutput, stride: int, strongest: bool) -> Ten
     return corners.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
+def _chance_weights(chances: Tensor) -> Tensor:
+    """Probabilities N×locations as weights of which each image has 1/N; without gradient."""
+    chances = chances.detach()
+    return chances / chances.sum(1, keepdim=True).clamp_min(1e-6) / len(chances)
+
+
 def _logits(output: DetectorOutput) -> dict[int, Tensor]:
     if output.logits is None:
         raise ValueError("This knowledge input needs the dense responses of both detectors: run their dense step.")
     return output.logits
+
+
+def _sides(output: DetectorOutput) -> dict[int, Tensor]:
+    if output.sides is None:
+        raise ValueError("This knowledge input needs the distributions of both detectors: run their dense step.")
+    return output.sides
 
 
 def _classes(output: DetectorOutput) -> int:
@@ -276,6 +304,16 @@ def other_locations(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     return no_shared_level(student, teacher)
 
 
+def no_distributions(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Distributions need a head that has them in both, over the same bins, and the same locations."""
+    for role, spec in (("student", student), ("teacher", teacher)):
+        if not spec.traits.distributions:
+            return f"the {role}, a {spec.family}, has no distributions of the places of a box's sides"
+    if student.reg_max != teacher.reg_max:
+        return f"student and teacher have other bins (reg_max {student.reg_max} and {teacher.reg_max})"
+    return other_locations(student, teacher)
+
+
 def no_second_stage(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     """Regions need a second stage in both, and the same classes."""
     for role, spec in (("student", student), ("teacher", teacher)):
@@ -305,6 +343,7 @@ INPUTS: dict[str, InputSpec] = {
     "logits.dense": InputSpec(MAP, "responses", "dense", dense_logits, other_classes),
     "logits.roi": InputSpec(VECTOR, "responses", "regions", region_logits, no_second_stage),
     "localization.dense": InputSpec(BOXES, "responses", "dense", dense_boxes, other_locations),
+    "localization.sides": InputSpec(VECTOR, "responses", "dense", side_distributions, no_distributions),
     "localization.roi": InputSpec(BOXES, "responses", "regions", region_boxes, no_second_stage),
 }
 

@@ -35,8 +35,9 @@ class DetectorOutput:
 
     features: nominal stride → N×C×H×W, empty where not asked for; canvas: its padded input; sizes: of each image on the
     canvas; boxes: the ground truth, per image R_i×4 xyxy in this detector's pixels. Of the dense step, by nominal
-    stride: logits N×A×K×H×W (A anchors of K classes, K = 1 for a proposal network) and corners N×A×4×H×W, the boxes
-    xyxy in units of the stride from the location that the anchors are centred on.
+    stride: logits N×A×K×H×W (A anchors of K classes, K = 1 for a proposal network), corners N×A×4×H×W, the boxes xyxy
+    in units of the stride from the location that the anchors are centred on, and, of a detector that has distributions,
+    sides N×4×B×H×W, the logits that the box's left, upper, right and lower side lies 0, 1, …, B − 1 strides away.
     """
 
     spec: DetectorSpec
@@ -46,6 +47,7 @@ class DetectorOutput:
     boxes: list[Tensor]
     logits: dict[int, Tensor] | None = None
     corners: dict[int, Tensor] | None = None
+    sides: dict[int, Tensor] | None = None
     regions: RegionOutput | None = None
 
 
@@ -67,6 +69,8 @@ def output_of(
     if dense is not None:
         output.logits = {stride: _by_anchor(level, dense.deltas[stride]) for stride, level in dense.logits.items()}
         output.corners = cell_corners(dense, detector.boxes(dense))
+        if dense.sides is not None:
+            output.sides = {stride: _by_side(level) for stride, level in dense.sides.items()}
     if proposals is not None:
         assert isinstance(detector, TwoStage)
         own = resized_boxes(proposals, inputs.sizes, inputs.images.image_sizes)
@@ -95,6 +99,12 @@ def resized_boxes(boxes: Sequence[Tensor], before: Sequence[Size], after: Sequen
     for found, (height, width), (new_height, new_width) in zip(boxes, before, after, strict=True):
         moved.append(found * found.new_tensor([new_width / width, new_height / height] * 2))
     return moved
+
+
+def _by_side(sides: Tensor) -> Tensor:
+    """N×4B×H×W → N×4×B×H×W."""
+    images, _, height, width = sides.shape
+    return sides.view(images, 4, -1, height, width)
 
 
 def _by_anchor(logits: Tensor, deltas: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _tensors(output: DetectorOutput) -> list[Tensor]:
 
 
 def _levels(output: DetectorOutput) -> list[dict[int, Tensor]]:
-    return [output.features, output.logits or {}, output.corners or {}]
+    return [output.features, output.logits or {}, output.corners or {}, output.sides or {}]
 
 
 def _leaves(output: DetectorOutput) -> DetectorOutput:
@@ -98,8 +98,9 @@ def _leaves(output: DetectorOutput) -> DetectorOutput:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().float().requires_grad_()
 
-    features, logits, corners = ({s: leaf(level) for s, level in levels.items()} for levels in _levels(output))
+    features, logits, corners, sides = ({s: leaf(level) for s, level in levels.items()} for levels in _levels(output))
     regions = output.regions
     if regions is not None:
         regions = replace(regions, class_logits=leaf(regions.class_logits), corners=leaf(regions.corners))
-    return replace(output, features=features, logits=logits or None, corners=corners or None, regions=regions)
+    output = replace(output, features=features, regions=regions)
+    return replace(output, logits=logits or None, corners=corners or None, sides=sides or None)

@@ -9,8 +9,8 @@ The language treats student and teacher alike and trains nothing but a 1×1 conv
   trained);
 - MGD (Yang et al., ECCV 2022): the student's map alone is masked, and a trained block restores it;
 - FRS (Du et al., NeurIPS 2021): every position weighs as the teacher's highest class score there;
-- LD (Zheng et al., CVPR 2022): compares distributions over the position of a box's sides, which none of Faster R-CNN,
-  RetinaNet and FCOS predicts; ``localization.dense`` and ``localization.roi`` compare the boxes themselves;
+- LD's regions (Zheng et al., CVPR 2022): its loss counts where a location learns an object and, beside these, in the
+  valuable localization region of anchors that nearly do; ours counts everywhere, by the teacher's score;
 - GID's choice of instances, by how far student and teacher scores differ, and its relation, the distances between them;
 - CrossKD (Wang et al., CVPR 2024): the student's features run through the teacher's head;
 - weights by the difference between student and teacher, as in BCKD.
@@ -87,6 +87,13 @@ PUBLISHED: dict[str, Published] = {
         "Yang et al., Bridging Cross-task Protocol Inconsistency (ICCV 2023): binary and IoU-based losses",
         "Boxes weigh as the teacher's score and logits alike, where the paper weighs by |p_T − p_S|. The divergence is "
         "its cross-entropy less the teacher's entropy. The weight between the two terms is ours.",
+    ),
+    "ld": Published(
+        "localization.sides: softmax(c, t=10) | kl * 100",
+        "Zheng et al., Localization Distillation for Dense Object Detection (CVPR 2022): its loss on box sides, τ = 10",
+        "The weight is τ², of which the public code has 0.25/17, since it averages over the bins. The sides of a box "
+        "are averaged; locations weigh as the teacher's score, where the paper chooses regions. Its distillation of "
+        "class scores is a term on logits.",
     ),
     "fgd": Published(
         "bg: l2 * 0.5; fg: l2 * 1",

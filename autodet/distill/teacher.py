@@ -21,10 +21,10 @@ from autodet.detectors.weights import weights_hash
 from autodet.distill.inputs import parts_of
 from autodet.distill.outputs import PARTS, DetectorOutput, RegionOutput, output_of, resized_boxes
 
-FORMAT = 2  # of the stored answers
+FORMAT = 3  # of the stored answers
 GROUPS = {  # names in a stored answer, by the part that they belong to
     "features": ("features",),
-    "dense": ("logits", "corners"),
+    "dense": ("logits", "corners", "sides"),
     "regions": ("proposals", "class_logits", "region_corners"),
 }
 PROPOSALS = 64  # the teacher's best proposals per image on which both box heads are compared [ours]
@@ -89,6 +89,7 @@ class Teacher:
         output = DetectorOutput(self.detector.spec, _levels(tensors, "features"), canvas, sizes, boxes)
         if "dense" in parts:
             output.logits, output.corners = _levels(tensors, "logits"), _levels(tensors, "corners")
+            output.sides = _levels(tensors, "sides") or None
         if "regions" in parts:
             proposals = [tensors[name] for name in sorted(tensors) if name.startswith("proposals/")]
             output.regions = RegionOutput(proposals, tensors["class_logits"], tensors["region_corners"])
@@ -114,7 +115,8 @@ def answer_of(
 def _pack(answer: DetectorOutput) -> dict[str, Tensor]:
     """Maps in half precision, boxes and the few class logits in full."""
     tensors = {"frame": torch.tensor([answer.canvas, *answer.sizes])}
-    for group, levels in (("features", answer.features), ("logits", answer.logits), ("corners", answer.corners)):
+    maps = {"features": answer.features, "logits": answer.logits, "corners": answer.corners, "sides": answer.sides}
+    for group, levels in maps.items():
         tensors |= {f"{group}/{stride}": _half(level) for stride, level in (levels or {}).items()}
     if answer.regions is not None:
         tensors |= {f"proposals/{i:04d}": boxes for i, boxes in enumerate(answer.regions.proposals)}

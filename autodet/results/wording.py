@@ -17,6 +17,7 @@ INPUTS = {
     "logits.dense": "the responses at every location (objectness, or classes)",
     "logits.roi": "the class responses on shared proposals",
     "localization.dense": "the boxes predicted at every location",
+    "localization.sides": "the distributions of each box side's distance from every location",
     "localization.roi": "the boxes predicted from shared proposals",
 }
 # Phrase, the name of the parameter that may be written without its name.

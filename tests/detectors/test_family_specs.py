@@ -79,6 +79,7 @@ VARIANTS = [
 OWN: dict[str, dict[str, Any]] = {
     "faster_rcnn": {"rpn_depth": 2, "anchor_ratios": (0.5, 1.5), "head_width": 24, "roi_size": 5, "roi_sampling": 1},
     "retinanet": {"anchor_octaves": 2, "anchor_ratios": (1.0,), "box_loss": "giou", "head_groups": 8, "head_depth": 3},
+    "gfl": {"head_groups": 2, "head_depth": 3, "reg_max": 5, "anchor_sizes": (8, 20, 30, 60, 90)},
     "fcos": {"head_groups": 2, "head_depth": 1, "candidates": 7},
     "cascade_rcnn": {"rpn_depth": 2, "head_width": 24, "stage_ious": (0.4, 0.55), "roi_size": 5, "roi_sampling": 1},
 }

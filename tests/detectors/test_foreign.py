@@ -107,6 +107,8 @@ def variants(family: str) -> dict[str, DetectorSpec]:
     if found["plain"].two_stage:
         return found | {"another head": plain_spec(family, rpn_depth=2, head_width=24, roi_size=5)}
     found |= {"another depth": plain_spec(family, head_depth=2), "top body": plain_spec(family, top="body")}
+    if family == "gfl":
+        found["other bins"] = plain_spec(family, reg_max=7)
     if family == "retinanet":
         found["norms"] = plain_spec(family, head_groups=32, box_loss="giou")
         found["three anchors"] = plain_spec(family, anchor_octaves=1)

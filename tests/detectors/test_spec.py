@@ -78,6 +78,8 @@ def random_head(rng: random.Random, family: str) -> dict[str, Any]:
     }
     if family == "fcos":
         return head
+    if family == "gfl":
+        return head | {"reg_max": rng.randint(1, 30)}
     ratios = tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4)))
     return head | {"anchor_octaves": rng.randint(1, 4), "anchor_ratios": ratios, "box_loss": rng.choice(BOX_LOSSES)}
 

@@ -46,7 +46,7 @@ def spec_of(family: str) -> DetectorSpec:
     one_stage = replace(common, family="retinanet", levels=strides, anchor_sizes=strides, top="neck", head_depth=1)
     if family == "retinanet":
         return replace(one_stage, anchor_octaves=2)
-    return replace(one_stage, family=family, anchor_ratios=(1.0,), head_groups=4)
+    return replace(one_stage, family=family, anchor_ratios=(1.0,), head_groups=4, reg_max=5)
 
 
 def random_boxes(count: int, size: Size, generator: torch.Generator) -> Tensor:
@@ -84,6 +84,8 @@ def answer(
         {stride: leaf(images, anchors, numbers, *grid) for stride, grid in grids.items()},
         {stride: leaf(images, anchors, 4, *grid) for stride, grid in grids.items()},
     )
+    if spec.traits.distributions:
+        output.sides = {stride: leaf(images, 4, spec.reg_max + 1, *grid) for stride, grid in grids.items()}
     if spec.two_stage:
         regions, classes = sum(proposed), len(spec.labels) + 1
         proposals = [random_boxes(count, canvas, shared) for count in proposed]
@@ -96,6 +98,7 @@ def leaves(output: DetectorOutput) -> dict[str, Tensor]:
     named = {f"features {stride}": level for stride, level in output.features.items()}
     named |= {f"logits {stride}": level for stride, level in (output.logits or {}).items()}
     named |= {f"corners {stride}": level for stride, level in (output.corners or {}).items()}
+    named |= {f"sides {stride}": level for stride, level in (output.sides or {}).items()}
     if output.regions is not None:
         named |= {"class_logits": output.regions.class_logits, "region_corners": output.regions.corners}
     return named
@@ -119,6 +122,7 @@ def part(output: DetectorOutput, images: slice) -> DetectorOutput:
         boxes=output.boxes[images],
         logits=cut(output.logits) or None,
         corners=cut(output.corners) or None,
+        sides=cut(output.sides) or None,
         regions=regions,
     )
 
@@ -164,4 +168,4 @@ def counted_steps(monkeypatch: pytest.MonkeyPatch, detector: Detector) -> Counte
     return calls
 
 
-RCNN, RETINANET, FCOS = (spec_of(family) for family in ("faster_rcnn", "retinanet", "fcos"))
+RCNN, RETINANET, FCOS, GFL = (spec_of(family) for family in ("faster_rcnn", "retinanet", "fcos", "gfl"))

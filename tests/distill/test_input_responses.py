@@ -8,6 +8,7 @@ import pytest
 import torch
 from distill_outputs import (
     FCOS,
+    GFL,
     PROPOSED,
     RCNN,
     RETINANET,
@@ -134,6 +135,43 @@ def test_of_other_anchors_the_strongest_stands_for_its_location() -> None:
     torch.testing.assert_close(theirs.data, torch.stack([row for _, row in rows]))
     chances = torch.stack(expected)
     torch.testing.assert_close(ours.weights, chances / chances.sum())
+
+
+def test_distributions_of_sides_are_compared_location_by_location() -> None:
+    """The divergence of each side's distribution, a location's four averaged, weighted by the teacher's score."""
+    student, teacher = answer(GFL, 1), answer(GFL, 2)
+    assert student.sides is not None and teacher.sides is not None and teacher.logits is not None
+    expected = []
+    for image in range(len(student.boxes)):
+        weighted, total = torch.zeros(()), torch.zeros(())
+        for stride in GFL.levels:
+            height, width = student.sides[stride].shape[3:]
+            for y, x in itertools.product(range(height), range(width)):
+                chance = teacher.logits[stride][image, 0, :, y, x].max().sigmoid()
+                p, q = (side.sides[stride][image, :, :, y, x].softmax(1) for side in (teacher, student))  # type: ignore[index]
+                weighted = weighted + chance * (p * (p / q).log()).sum(1).mean()
+                total = total + chance
+        expected.append(weighted / total)
+    found = loss_of("localization.sides", student, teacher, "softmax(c) | kl")
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+    ((ours, theirs),) = INPUTS["localization.sides"].pairs(student, teacher)
+    assert ours.data.shape == theirs.data.shape == (4 * sum(x[0, 0, 0].numel() * 4 for x in student.sides.values()), 6)
+
+
+def test_distributions_are_those_whose_means_are_the_boxes() -> None:
+    torch.manual_seed(0)
+    detector = build(GFL)
+    detector.model.eval()
+    batch = tiny_batch()
+    with torch.no_grad():
+        inputs = detector.preprocess(batch.images)
+        features = detector.features(inputs)
+        output = output_of(detector, batch, inputs, features, detector.dense(inputs, features))
+    assert output.sides is not None and output.corners is not None
+    for stride, sides in output.sides.items():
+        means = (sides.softmax(2) * torch.arange(6.0).view(6, 1, 1)).sum(2)
+        signs = torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(4, 1, 1)
+        torch.testing.assert_close(output.corners[stride][:, 0], means * signs, rtol=1e-4, atol=1e-4)
 
 
 def test_region_boxes_are_of_the_class_that_the_teacher_finds_likeliest() -> None:

@@ -15,6 +15,7 @@ from distill_outputs import (
     CANVAS,
     COUNTS,
     FCOS,
+    GFL,
     PROPOSED,
     RCNN,
     RETINANET,
@@ -44,17 +45,32 @@ from autodet.distill.values import Value
 
 FEATURES = ("global", "fg", "bg", "instance")
 TWO_STAGE = {family for family in FAMILIES if TRAITS[family].two_stage}
+REGIONS = ("logits.roi", "localization.roi")
+
+
+def own(pair: tuple[str, str], *other: str) -> tuple[str, ...]:
+    """What only two second stages have, or two heads with distributions, without some."""
+    regions = REGIONS if set(pair) <= TWO_STAGE else ()
+    sides = ("localization.sides",) if all(TRAITS[family].distributions for family in pair) else ()
+    return tuple(name for name in (*regions, *sides) if name not in other)
+
+
 COMPARABLE = {
     "same": {
-        pair: tuple(INPUTS) if set(pair) <= TWO_STAGE else (*FEATURES, "logits.dense", "localization.dense")
+        pair: (*FEATURES, "logits.dense", "localization.dense", *own(pair))
         for pair in itertools.product(FAMILIES, FAMILIES)
     },
     "labels": {  # objectness means the same whatever the labels
-        pair: (*FEATURES, *(["logits.dense"] if TWO_STAGE & set(pair) else []), "localization.dense")
+        pair: (
+            *FEATURES,
+            *(["logits.dense"] if TWO_STAGE & set(pair) else []),
+            "localization.dense",
+            *own(pair, *REGIONS),
+        )
         for pair in itertools.product(FAMILIES, FAMILIES)
     },
     "size": {
-        pair: (*FEATURES, "logits.dense", *(["logits.roi", "localization.roi"] if set(pair) <= TWO_STAGE else []))
+        pair: (*FEATURES, "logits.dense", *own(pair, "localization.sides"))
         for pair in itertools.product(FAMILIES, FAMILIES)
     },
 }
@@ -79,6 +95,10 @@ def test_what_every_pair_of_families_can_be_compared_on(student: str, teacher: s
         ("logits.roi", RCNN, RCNN.with_labels([(1, "cell")]), "different labels"),
         ("localization.roi", RCNN, RCNN.with_labels(RCNN.labels[::-1]), "different labels"),
         ("logits.dense", FCOS, RETINANET.with_labels([(1, "cell")]), "different labels"),
+        ("localization.sides", FCOS, GFL, "the student, a fcos, has no distributions of the places of a box's sides"),
+        ("localization.sides", GFL, RCNN, "the teacher, a faster_rcnn, has no distributions"),
+        ("localization.sides", GFL, replace(GFL, reg_max=7), r"other bins \(reg_max 5 and 7\)"),
+        ("localization.sides", GFL, GFL.at_size(96), r"other sizes \(\(64, 96\) and \(96, 144\) pixels\)"),
         ("localization.dense", FCOS, RETINANET.at_size(128), r"other sizes \(\(64, 96\) and \(128, 192\) pixels\)"),
     ],
 )  # fmt: skip
@@ -90,16 +110,17 @@ def test_reasons_say_what_is_missing(name: str, student: DetectorSpec, teacher: 
 @pytest.mark.parametrize("name", list(INPUTS))
 def test_pyramids_without_a_common_stride_are_refused(name: str) -> None:
     """No spec of today's families has such levels: all end at 32 and 64."""
-    coarse = copy.copy(FCOS)
-    object.__setattr__(coarse, "levels", (128, 256))
-    reason = why_incomparable(name, RCNN, coarse)
+    own = GFL if name == "localization.sides" else RCNN
+    coarse = copy.copy(GFL)
+    object.__setattr__(coarse, "levels", (256, 512))
+    reason = why_incomparable(name, own, coarse)
     assert "share no stride" in str(reason) or INPUTS[name].part == "regions"
     assert reason is not None
 
 
 @pytest.mark.parametrize("name", [name for name, spec in INPUTS.items() if spec.part != "features"])
 def test_responses_that_were_not_computed_are_asked_for(name: str) -> None:
-    output = replace(answer(RCNN, 1), logits=None, corners=None, regions=None)
+    output = replace(answer(RCNN, 1), logits=None, corners=None, sides=None, regions=None)
     with pytest.raises(ValueError, match={"dense": "dense step", "regions": "second stage"}[INPUTS[name].part]):
         INPUTS[name].pairs(output, output)
 
@@ -118,7 +139,11 @@ TRIPLES = [
     for name in comparable_inputs(spec_of(student), spec_of(teacher))
 ]
 EVERYWHERE = pytest.mark.parametrize(("name", "student", "teacher"), TRIPLES)
-TAKEN_FROM = {"features": ("features",), "dense": ("logits", "corners"), "regions": ("class_logits", "region_corners")}
+TAKEN_FROM = {
+    "features": ("features",),
+    "dense": ("logits", "corners", "sides"),
+    "regions": ("class_logits", "region_corners"),
+}
 
 
 @EVERYWHERE

@@ -109,7 +109,7 @@ def test_kd_is_hinton_on_every_region_averaged_per_image() -> None:
     torch.testing.assert_close(ours, (rows[:2].mean() + rows[2:].mean()) / 2)
 
 
-RCNN, RETINANET = spec_of("faster_rcnn"), spec_of("retinanet")
+RCNN, RETINANET, GFL = spec_of("faster_rcnn"), spec_of("retinanet"), spec_of("gfl")
 
 
 def of_outputs(name: str, student: DetectorOutput, teacher: DetectorOutput) -> Tensor:
@@ -201,6 +201,20 @@ def test_bckd_adds_one_minus_the_overlap_of_decoded_boxes() -> None:
     torch.testing.assert_close(found, boxes + binary_divergence(student, teacher), rtol=1e-4, atol=1e-4)
 
 
+def test_ld_is_the_divergence_of_softened_sides_where_the_teacher_sees_an_object() -> None:
+    """τ² Σ_sides KL(softmax(z_T / τ) ‖ softmax(z_S / τ)) / 4 of each location, τ = 10."""
+    student, teacher = answer(GFL, 1), answer(GFL, 2)
+    assert student.sides is not None and teacher.sides is not None and teacher.logits is not None
+    divergences, scores = [], []
+    for stride, z_s in student.sides.items():
+        q, p = torch.softmax(z_s.double() / 10, dim=2), torch.softmax(teacher.sides[stride].double() / 10, dim=2)
+        divergences.append((100 * (p * torch.log(p / q)).sum(2)).mean(1).flatten(1))
+        scores.append(torch.sigmoid(teacher.logits[stride].double().amax((1, 2))).flatten(1))
+    u, w = torch.cat(divergences, dim=1), torch.cat(scores, dim=1)
+    expected = ((w * u).sum(1) / w.sum(1)).mean()
+    torch.testing.assert_close(of_outputs("ld", student, teacher), expected.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_pkd_is_one_minus_the_pearson_correlation() -> None:
     pairs = levels(torch.float64)
     student, teacher = [map_value(s) for s, _ in pairs], [map_value(t) for _, t in pairs]
@@ -221,7 +235,7 @@ def test_texts_are_canonical_and_explained(name: str) -> None:
 
 
 def test_all_have_a_direct_computation_here() -> None:
-    assert {*DIRECT, "kd", "kd_dense", "bckd", "fgd", "gid"} == set(PUBLISHED)
+    assert {*DIRECT, "kd", "kd_dense", "bckd", "ld", "fgd", "gid"} == set(PUBLISHED)
 
 
 def test_only_the_formula_that_normalises_over_the_batch_needs_two_images() -> None:

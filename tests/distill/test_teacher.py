@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autodet.data import Batch, Loader
 from autodet.detectors import DetectorSpec, Features, Inputs, TwoStage, build, load_detector
+from autodet.detectors.spec import FAMILIES
 from autodet.distill import Teacher
 from autodet.distill import teacher as teacher_module
 from autodet.distill.inputs import INPUTS, comparable_inputs, parts_of
@@ -54,7 +55,7 @@ def test_a_cached_answer_equals_a_computed_one(detector: TwoStage, tiny_batch: B
     assert computed.regions is not None and sum(len(boxes) for boxes in computed.regions.proposals) > 0
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_familys_cached_answer_equals_a_computed_one(family: str, tiny_batch: Batch, tmp_path: Path) -> None:
     torch.manual_seed(0)
     other = build(spec_of(family).at_size(96))  # larger than the batch, whose boxes follow
@@ -64,7 +65,7 @@ def test_every_familys_cached_answer_equals_a_computed_one(family: str, tiny_bat
     assert_same(first, computed)
     assert_same(cached(tiny_batch), computed)
     halved = {name.split()[0] for name, tensor in tensors(first).items() if tensor.dtype == torch.float16}
-    assert halved == {"features", "logits", "corners"}
+    assert halved == {"features", "logits", "corners", *(["sides"] if other.spec.traits.distributions else [])}
     for name in inputs:
         kept, exact = (
             INPUTS[name].pairs(computed, answer) for answer in (cached.asked_for([name])(tiny_batch), computed)

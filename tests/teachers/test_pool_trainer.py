@@ -35,6 +35,7 @@ FORMULAS = {
     "faster_rcnn": "global: l2; logits.dense: sigmoid | l2; logits.roi: softmax(c) | kl",
     "retinanet": "global: l2; logits.dense: l2 * 0.1",
     "fcos": "fg: mask(0.35) | l2; logits.dense: sigmoid | l1",
+    "gfl": "global: l2; logits.dense: sigmoid | l2",
 }
 Make = Callable[..., PoolTrainer]
 

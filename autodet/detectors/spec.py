@@ -34,7 +34,7 @@ class DetectorSpec:
     Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's and what
     extends it, stage_ious Cascade R-CNN's, anchor_octaves and box_loss RetinaNet's, reg_max GFL's, head_depth to
     candidates those of the one-stage families. An FCOS's anchor_sizes are the unit of its distances, a GFL's decide
-    which locations learn an object. ``standard_spec`` gives each family torchvision's own values, or those of its paper.
+    which locations learn an object. ``standard_spec`` gives each family torchvision's own values, or its paper's.
     """
 
     family: str

@@ -137,8 +137,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--teacher",
         type=source,
-        help="a file of train_detector.py, a state dict of torchvision or mmdetection, or of train_teacher_pool.py POOL, POOL:<member>,"
-        " POOL:latency_ms<=30 (default: train one with the preset's recipe)",
+        help="a file of train_detector.py, of torchvision or mmdetection a state dict, of train_teacher_pool.py POOL,"
+        " POOL:<member>, POOL:latency_ms<=30 (default: train one with the preset's recipe)",
     )
     add("--teacher-family", choices=FAMILIES, help="of the teacher that is trained (default: the student's)")
     add("--teacher-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from presets import RATES, TEACHER, recipe, small, standard
 
 from autodet.detectors import Arch, DetectorSpec
+from autodet.detectors.traits import TRAITS
 from autodet.distill import Formula
 from autodet.teachers import PoolSpace, Schedule
 from autodet.teachers.space import R50_TO_R101, SMALL
@@ -66,7 +67,7 @@ def cpu(family: str) -> PoolPreset:
         space=PoolSpace.parse(SMALL),
         detector=small(family, TEACHER, 192),
         schedule=Schedule.shrinking(40, largest=10, random=2),
-        settings=recipe(40, lr=1e-3, ema=0.99, batch_size=8 if family == "faster_rcnn" else 4),
+        settings=recipe(40, lr=1e-3, ema=0.99, batch_size=8 if TRAITS[family].two_stage else 4),
         formula=TAUGHT,
         check_every=4,
         members=24,

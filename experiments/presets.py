@@ -141,17 +141,19 @@ def gpu(family: str, teacher_family: str) -> Preset:
 def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, sampling: int = 2) -> DetectorSpec:
     """A detector for small images: a pyramid from stride 8; anchors and proposals that fit the shorter side."""
     one_stage: dict[str, Any] = {"levels": (8, 16, 32, 64, 128), "top": "neck", "head_depth": 2, "candidates": 300}
+    two_stage: dict[str, Any] = {
+        "levels": (8, 16, 32, 64),
+        "anchor_sizes": (16, 36, 80, 170),
+        "head_width": head,
+        "roi_size": 5,
+        "roi_sampling": sampling,
+        "proposals_before_nms": (300, 200),
+        "proposals": (200, 100),
+        "regions_per_image": 64,
+    }
     values: dict[str, dict[str, Any]] = {
-        "faster_rcnn": {
-            "levels": (8, 16, 32, 64),
-            "anchor_sizes": (16, 36, 80, 170),
-            "head_width": head,
-            "roi_size": 5,
-            "roi_sampling": sampling,
-            "proposals_before_nms": (300, 200),
-            "proposals": (200, 100),
-            "regions_per_image": 64,
-        },
+        "faster_rcnn": two_stage,
+        "mask_rcnn": two_stage | {"mask_depth": 2, "mask_width": neck, "mask_roi_size": 10},
         "retinanet": one_stage
         | {
             "anchor_sizes": (16, 36, 80, 130, 170),
@@ -199,14 +201,17 @@ def divide(
 
 TEACHER = "basic-32:32x2-64x2-128x2-256x2"
 STUDENT = "basic-8:8x1-16x1-32x1-64x1"
-RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01}  # torchvision's reference recipes, for batches of 16
+# torchvision's reference recipes, for batches of 16.
+RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01, "mask_rcnn": 0.02}
 TEACHING = {  # preset cpu's teachers
     "faster_rcnn": recipe(16, lr=1e-3, ema=0.99),
     "retinanet": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
     "fcos": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
+    "mask_rcnn": recipe(16, lr=1e-3, ema=0.99),
 }
 FULL = {  # preset cpu's students
     "faster_rcnn": recipe(16),
     "retinanet": recipe(12, batch_size=4),
     "fcos": recipe(12, batch_size=4),
+    "mask_rcnn": recipe(16),
 }

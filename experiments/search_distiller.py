@@ -37,8 +37,8 @@ from pictures import save_student_pictures
 from presets import Preset, preset_of
 from runs import (
     check_device,
-    checked_labels,
     data_folder,
+    for_data,
     run_list,
     save_search,
     say_candidate,
@@ -207,7 +207,7 @@ def full_size_task(preset: Preset, options: argparse.Namespace) -> Task:
     return Task(
         data=str(data),
         cache=str(Path(options.cache).resolve()),
-        student=student_spec(options, preset).with_labels(checked_labels(data)),
+        student=for_data(student_spec(options, preset), data),
         start=None if options.start is None else str(options.start.resolve()),
         settings=preset.proxy,
         fraction=preset.fraction,

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodet.detectors import faster_rcnn, fcos, retinanet
-from autodet.detectors.spec import DetectorSpec, SpecError
+from autodet.detectors import faster_rcnn, fcos, mask_rcnn, retinanet
+from autodet.detectors.spec import FAMILIES, DetectorSpec, SpecError
 from autodet.detectors.steps import Detector, Family, Target
 from autodet.detectors.weights import load_strict, load_weights, metadata_of, save_weights
 
 # A family whose models are also those of another, or whose weights hold the other's, comes first.
 FAMILY_OF: Mapping[str, Family] = {
+    "mask_rcnn": mask_rcnn.FAMILY,
     "faster_rcnn": faster_rcnn.FAMILY,
     "retinanet": retinanet.FAMILY,
     "fcos": fcos.FAMILY,
@@ -39,12 +40,14 @@ def adapt(model: nn.Module, labels: Sequence[tuple[int, str]]) -> Detector:
     for family in FAMILY_OF.values():
         if isinstance(model, family.model):
             return family.steps(model, family.describe(model, labels))
-    known = ", ".join(family.model.__name__ for family in FAMILY_OF.values())
+    known = ", ".join(FAMILY_OF[name].model.__name__ for name in FAMILIES)
     raise SpecError(f"Expected a model among {known}, found {type(model).__name__}: no adapter for that family.")
 
 
 def detect(detector: Detector, images: list[Tensor]) -> list[Target]:
     """Detections in evaluation mode: per image boxes R×4 xyxy (its pixels), scores, labels.
+
+    Detectors with masks (``spec.masks``) give them too: R×1×H×W in 0–1, at the size of the image.
 
     Every module's mode is put back, also that of a norm kept in evaluation mode while the rest trains.
     """

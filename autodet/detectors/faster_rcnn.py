@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,17 @@ from autodet.detectors.state import Read, State, count, octaves_of, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Regions, Target
 
 ROI = "roi_heads."
+
+
+@dataclass
+class Sampled:
+    """Regions that the second stage learns from, per image: boxes R_i×4; matched: numbers of the objects that they are
+    nearest to; labels: 0 where they are background; regression: what their boxes should become, R_i×4."""
+
+    boxes: list[Tensor]
+    matched: list[Tensor]
+    labels: list[Tensor]
+    regression: list[Tensor]
 
 
 class FasterRCNNSteps(PyramidSteps):
@@ -64,8 +77,7 @@ class FasterRCNNSteps(PyramidSteps):
     def regions(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Regions:
         """The box head's responses on given proposals."""
         heads = self.model.roi_heads
-        named = {str(index): level for index, level in enumerate(features.values())}
-        pooled = heads.box_roi_pool(named, proposals, inputs.images.image_sizes)
+        pooled = heads.box_roi_pool(poolable(features), proposals, inputs.images.image_sizes)
         class_logits, box_deltas = heads.box_predictor(heads.box_head(pooled))
         return Regions(proposals, class_logits, box_deltas)
 
@@ -76,33 +88,47 @@ class FasterRCNNSteps(PyramidSteps):
         return corners.view(len(unit), regions.box_deltas.shape[1] // 4, 4)
 
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
-        """The plain model's four losses, equal to its own: random draws come in its order."""
+        """The plain model's losses, equal to its own: random draws come in its order."""
         rpn, heads, targets = self.model.rpn, self.model.roi_heads, inputs.ground_truth()
         objectness, deltas = _flatten(dense)
         proposals = self._proposals(inputs, dense, objectness, deltas)
         labels, matched = rpn.assign_targets_to_anchors(dense.anchors, targets)
         regression = rpn.box_coder.encode(matched, dense.anchors)
         loss_objectness, loss_rpn_box = rpn.compute_loss(objectness, deltas, labels, regression)
-        sampled, _, roi_labels, roi_regression = heads.select_training_samples(proposals, targets)
-        regions = self.regions(inputs, features, sampled)
-        loss_class, loss_box = fastrcnn_loss(regions.class_logits, regions.box_deltas, roi_labels, roi_regression)
-        return {
-            "loss_classifier": loss_class,
-            "loss_box_reg": loss_box,
+        boxes, objects, roi_labels, roi_regression = heads.select_training_samples(proposals, targets)
+        sampled = Sampled(boxes, objects, roi_labels, roi_regression)
+        return self.region_losses(inputs, features, sampled) | {
             "loss_objectness": loss_objectness,
             "loss_rpn_box_reg": loss_rpn_box,
         }
 
+    def region_losses(self, inputs: Inputs, features: Features, sampled: Sampled) -> dict[str, Tensor]:
+        """The second stage's losses."""
+        regions = self.regions(inputs, features, sampled.boxes)
+        loss_class, loss_box = fastrcnn_loss(
+            regions.class_logits, regions.box_deltas, sampled.labels, sampled.regression
+        )
+        return {"loss_classifier": loss_class, "loss_box_reg": loss_box}
+
     def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
         """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
+        found = self.selected(inputs, features, dense)
+        return list(self.model.transform.postprocess(found, inputs.images.image_sizes, inputs.sizes))
+
+    def selected(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
+        """The detections after NMS, boxes still in the canvas's pixels."""
         regions = self.regions(inputs, features, self.proposals(inputs, dense))
         found = self.model.roi_heads.postprocess_detections(
             regions.class_logits, regions.box_deltas, regions.proposals, inputs.images.image_sizes
         )
-        detections = [
+        return [
             {"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in zip(*found, strict=True)
         ]
-        return list(self.model.transform.postprocess(detections, inputs.images.image_sizes, inputs.sizes))
+
+
+def poolable(features: Features) -> dict[str, Tensor]:
+    """The maps under the names that a RoIAlign over levels knows them by."""
+    return {str(index): level for index, level in enumerate(features.values())}
 
 
 def _flatten(dense: Dense) -> tuple[Tensor, Tensor]:
@@ -113,39 +139,41 @@ def _flatten(dense: Dense) -> tuple[Tensor, Tensor]:
 
 def build_faster_rcnn(spec: DetectorSpec) -> FasterRCNN:
     """A torchvision FasterRCNN with fresh weights from torch's generator; parameter names are torchvision's."""
-    backbone = build_backbone(spec)
-    poolable = [str(index) for index in range(len(spec.body_levels))]
+    return FasterRCNN(build_backbone(spec), **rcnn_options(spec))
+
+
+def rcnn_options(spec: DetectorSpec) -> dict[str, Any]:
+    """What the constructors of torchvision's two-stage detectors take of a spec, besides the backbone."""
     anchors = AnchorGenerator(
         tuple((size,) for size in spec.anchor_sizes), (spec.anchor_ratios,) * len(spec.anchor_sizes)
     )
-    return FasterRCNN(
-        backbone,
-        min_size=spec.min_size,
-        max_size=spec.max_size,
-        rpn_anchor_generator=anchors,
-        rpn_head=RPNHead(spec.neck_width, anchors.num_anchors_per_location()[0], conv_depth=spec.rpn_depth),
-        rpn_pre_nms_top_n_train=spec.proposals_before_nms[0],
-        rpn_pre_nms_top_n_test=spec.proposals_before_nms[1],
-        rpn_post_nms_top_n_train=spec.proposals[0],
-        rpn_post_nms_top_n_test=spec.proposals[1],
-        box_roi_pool=_region_pool(spec, poolable),
-        box_head=TwoMLPHead(spec.neck_width * spec.roi_size**2, spec.head_width),
-        box_predictor=FastRCNNPredictor(spec.head_width, len(spec.labels) + 1),
-        box_batch_size_per_image=spec.regions_per_image,
-        box_score_thresh=spec.score_threshold,
-        box_nms_thresh=spec.nms_threshold,
-        box_detections_per_img=spec.detections,
-    )
+    return {
+        "min_size": spec.min_size,
+        "max_size": spec.max_size,
+        "rpn_anchor_generator": anchors,
+        "rpn_head": RPNHead(spec.neck_width, anchors.num_anchors_per_location()[0], conv_depth=spec.rpn_depth),
+        "rpn_pre_nms_top_n_train": spec.proposals_before_nms[0],
+        "rpn_pre_nms_top_n_test": spec.proposals_before_nms[1],
+        "rpn_post_nms_top_n_train": spec.proposals[0],
+        "rpn_post_nms_top_n_test": spec.proposals[1],
+        "box_roi_pool": region_pool(spec, spec.roi_size),
+        "box_head": TwoMLPHead(spec.neck_width * spec.roi_size**2, spec.head_width),
+        "box_predictor": FastRCNNPredictor(spec.head_width, len(spec.labels) + 1),
+        "box_batch_size_per_image": spec.regions_per_image,
+        "box_score_thresh": spec.score_threshold,
+        "box_nms_thresh": spec.nms_threshold,
+        "box_detections_per_img": spec.detections,
+    }
 
 
-def _region_pool(spec: DetectorSpec, levels: list[str]) -> MultiScaleRoIAlign:
-    """RoIAlign at the levels' nominal strides.
+def region_pool(spec: DetectorSpec, size: int) -> MultiScaleRoIAlign:
+    """RoIAlign of size×size bins, at the nominal strides of the levels that come from the body.
 
     torchvision infers them from the first image that it meets, and keeps them: a small one, whose maps are rounded up,
     would change all later detections.
     """
-    pool = MultiScaleRoIAlign(levels, spec.roi_size, spec.roi_sampling)
     strides = spec.body_levels
+    pool = MultiScaleRoIAlign([str(index) for index in range(len(strides))], size, spec.roi_sampling)
     pool.scales = [1 / stride for stride in strides]
     first, last = strides[0].bit_length() - 1, strides[-1].bit_length() - 1
     pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
@@ -154,31 +182,35 @@ def _region_pool(spec: DetectorSpec, levels: list[str]) -> MultiScaleRoIAlign:
 
 def describe_faster_rcnn(model: FasterRCNN, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
     """The spec of a user's torchvision Faster R-CNN, read off its modules; SpecError where a spec cannot say a part."""
-    rpn, heads = model.rpn, model.roi_heads
-    if not isinstance(heads.box_head, TwoMLPHead):
-        raise SpecError(f"Expected a TwoMLPHead, found {type(heads.box_head).__name__}: no adapter for it.")
-    spec = DetectorSpec(
-        family="faster_rcnn",
-        **describe_frame(model, heads.box_predictor.cls_score.out_features - 1, labels),
-        anchor_sizes=tuple(sizes[0] for sizes in rpn.anchor_generator.sizes),
-        anchor_ratios=tuple(rpn.anchor_generator.aspect_ratios[0]),
-        rpn_depth=len(rpn.head.conv),
-        head_width=heads.box_head.fc6.out_features,
-        roi_size=heads.box_roi_pool.output_size[0],
-        roi_sampling=heads.box_roi_pool.sampling_ratio,
-        proposals_before_nms=(rpn._pre_nms_top_n["training"], rpn._pre_nms_top_n["testing"]),
-        proposals=(rpn._post_nms_top_n["training"], rpn._post_nms_top_n["testing"]),
-        regions_per_image=heads.fg_bg_sampler.batch_size_per_image,
-        score_threshold=heads.score_thresh,
-        nms_threshold=heads.nms_thresh,
-        detections=heads.detections_per_img,
-    )
+    spec = DetectorSpec(family="faster_rcnn", **describe_rcnn(model, labels))
     with torch.device("meta"):
-        check_rebuilt(model, build_faster_rcnn(spec), _unsaid)
+        check_rebuilt(model, build_faster_rcnn(spec), unsaid_rcnn)
     return spec
 
 
-def _unsaid(model: FasterRCNN) -> dict[str, object]:
+def describe_rcnn(model: FasterRCNN, labels: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """The spec's fields that are read off alike in Faster R-CNN and what extends it."""
+    rpn, heads = model.rpn, model.roi_heads
+    if not isinstance(heads.box_head, TwoMLPHead):
+        raise SpecError(f"Expected a TwoMLPHead, found {type(heads.box_head).__name__}: no adapter for it.")
+    return {
+        **describe_frame(model, heads.box_predictor.cls_score.out_features - 1, labels),
+        "anchor_sizes": tuple(sizes[0] for sizes in rpn.anchor_generator.sizes),
+        "anchor_ratios": tuple(rpn.anchor_generator.aspect_ratios[0]),
+        "rpn_depth": len(rpn.head.conv),
+        "head_width": heads.box_head.fc6.out_features,
+        "roi_size": heads.box_roi_pool.output_size[0],
+        "roi_sampling": heads.box_roi_pool.sampling_ratio,
+        "proposals_before_nms": (rpn._pre_nms_top_n["training"], rpn._pre_nms_top_n["testing"]),
+        "proposals": (rpn._post_nms_top_n["training"], rpn._post_nms_top_n["testing"]),
+        "regions_per_image": heads.fg_bg_sampler.batch_size_per_image,
+        "score_threshold": heads.score_thresh,
+        "nms_threshold": heads.nms_thresh,
+        "detections": heads.detections_per_img,
+    }
+
+
+def unsaid_rcnn(model: FasterRCNN) -> dict[str, object]:
     """Settings that a spec has no field for."""
     rpn, heads = model.rpn, model.roi_heads
     return unsaid_frame(model, rpn.anchor_generator) | {

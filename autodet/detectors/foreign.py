@@ -9,7 +9,7 @@ from typing import Final
 
 from autodet.detectors.arch import Arch, ArchError
 from autodet.detectors.build import FAMILY_OF, build, is_detector_file, load_detector
-from autodet.detectors.spec import COCO_LABELS, DetectorSpec, SpecError, standard_spec
+from autodet.detectors.spec import COCO_LABELS, FAMILIES, DetectorSpec, SpecError, standard_spec
 from autodet.detectors.state import ADAPT, Read, State, count, sizes
 from autodet.detectors.steps import Detector
 from autodet.detectors.weights import load_strict, modern_names, read_state_dict
@@ -47,9 +47,10 @@ def detector_of_state_dict(
     ``adapt``. labels: of the data; where there are 90 classes and other labels, those are COCO's raw ids
     (``COCO_LABELS``). min_size, max_size: pixels, as it was trained. source: names the state dict in errors.
 
-    Norms without a count of batches are frozen ones. norm_eps: theirs, which no tensor tells. None: 0 for Faster R-CNN
-    and RetinaNet on a ResNet-50, since torchvision's COCO weights of these have 0 and so has what is fine-tuned from
-    them; give 1e-5 where a training with frozen norms started from ImageNet weights instead. 1e-5 for all others.
+    Norms without a count of batches are frozen ones. norm_eps: theirs, which no tensor tells. None: 0 for Faster R-CNN,
+    RetinaNet and Mask R-CNN on a ResNet-50, since torchvision's COCO weights of these have 0 and so has what is
+    fine-tuned from them; give 1e-5 where a training with frozen norms started from ImageNet weights instead. 1e-5 for
+    all others.
 
     SpecError where it belongs to no such detector or the labels are of another number, WeightsError where tensors of
     one are missing, superfluous, or of another shape.
@@ -92,7 +93,7 @@ def _read(state: State) -> tuple[str, Read]:
 
 def _unknown(state: State) -> SpecError:
     return SpecError(
-        f"expected the state dict of one of {', '.join(FAMILY_OF)} in torchvision's names (rpn.head.*, "
+        f"expected the state dict of one of {', '.join(FAMILIES)} in torchvision's names (rpn.head.*, "
         f"head.classification_head.*), found one with {', '.join(list(state)[:3])}, …"
     )
 
@@ -107,7 +108,7 @@ def _top(state: State, width: int) -> str:
 
 def _frozen_eps(spec: DetectorSpec) -> float:
     """See ``detector_of_state_dict``; torchvision's constructors set 0 where they load these weights."""
-    return 0.0 if spec.family in ("faster_rcnn", "retinanet") and spec.body == Arch.resnet50() else 1e-5
+    return 0.0 if spec.family in ("faster_rcnn", "retinanet", "mask_rcnn") and spec.body == Arch.resnet50() else 1e-5
 
 
 def _labels(classes: int, labels: Labels) -> Labels:

@@ -31,8 +31,9 @@ class DetectorSpec:
     by the raw category ids, ten of which name nothing: give all from 1 to 90 there (``COCO_LABELS``).
     levels: nominal strides of the pyramid; those up to 32 come from the body's stages. top: what the levels above are
     made from: "pool" (64, pooled), or convolutions (64 and 128) on the "neck"'s or the "body"'s last map.
-    Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's,
-    anchor_octaves and box_loss RetinaNet's, head_depth to candidates those of RetinaNet and FCOS, whose anchor_sizes
+    Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's, those of
+    the mask branch of detectors that also give masks (mask_depth 0: it has none), anchor_octaves and box_loss
+    RetinaNet's, head_depth to candidates those of RetinaNet and FCOS, whose anchor_sizes
     are the unit of its distances. ``standard_spec`` gives each family torchvision's own values.
     """
 
@@ -53,6 +54,9 @@ class DetectorSpec:
     proposals_before_nms: tuple[int, int] = (2000, 1000)  # training, evaluation; per level
     proposals: tuple[int, int] = (2000, 1000)  # training, evaluation; per image
     regions_per_image: int = 512
+    mask_depth: int = 0  # convolutions of the mask head; 0: there is none
+    mask_width: int = 256
+    mask_roi_size: int = 14  # bins a side; a mask has twice as many pixels a side
     anchor_octaves: int = 1  # sizes of an anchor at a location: size · 2^(i / octaves), rounded down
     box_loss: str = "l1"
     head_depth: int = 4
@@ -82,6 +86,11 @@ class DetectorSpec:
     def two_stage(self) -> bool:
         """Whether a second stage looks at regions."""
         return self.traits.two_stage
+
+    @property
+    def masks(self) -> bool:
+        """Whether it gives a mask of every object, and learns them."""
+        return self.mask_depth > 0
 
     @property
     def traits(self) -> Traits:
@@ -201,7 +210,7 @@ def _problems(spec: DetectorSpec) -> list[str]:
     above = ABOVE[spec.top]
     positive = (
         *("neck_width", "rpn_depth", "head_width", "roi_size", "roi_sampling", "detections", "min_size"),
-        *("regions_per_image", "anchor_octaves", "head_depth", "candidates"),
+        *("regions_per_image", "anchor_octaves", "head_depth", "candidates", "mask_width", "mask_roi_size"),
     )
     checks = [
         (spec.norm not in NORMS, f"norm {spec.norm!r} is none of {', '.join(NORMS)}"),
@@ -244,5 +253,16 @@ def _head_problems(spec: DetectorSpec) -> list[tuple[bool, str]]:
             spec.head_groups < 0 or (spec.head_groups > 0 and spec.neck_width % spec.head_groups != 0),
             f"head_groups {spec.head_groups} do not divide neck_width {spec.neck_width}",
         ),
+        (
+            spec.mask_depth < 0 or spec.masks not in traits.masks,
+            f"mask_depth is {spec.mask_depth}, but a {spec.family} has {_mask_words(traits)}",
+        ),
         (spec.head_depth > layers, f"head_depth {spec.head_depth} is above a {spec.family}'s {layers}"),
     ]
+
+
+def _mask_words(traits: Traits) -> str:
+    """What mask_depth may be in a family."""
+    if len(traits.masks) > 1:
+        return "a mask branch or none: at least 0"
+    return "a mask branch: at least 1" if traits.masks[0] else "no mask branch: 0"

@@ -19,7 +19,8 @@ class Traits:
 
     two_stage: a second stage looks at regions. tops: what the pyramid's levels above the body's may be made from.
     standard: where its usual detector differs from a spec's defaults. fixed: fields that have no other value in it.
-    grouped: its head cannot be built without group norms. layers: the most that a tower of its head may have. reach:
+    grouped: its head cannot be built without group norms. masks: whether its detectors may have a mask branch, and
+    whether they may be without. layers: the most that a tower of its head may have. reach:
     the share of a level's stride, as a divisor, that an anchor has at least.
     """
 
@@ -28,6 +29,7 @@ class Traits:
     standard: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     grouped: bool = False
+    masks: tuple[bool, ...] = (False,)
     layers: int | None = None
     reach: int | None = None
 
@@ -50,4 +52,5 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "faster_rcnn": Traits(True, ("pool",), fixed={"anchor_octaves": 1}),
     "retinanet": Traits(False, ("neck", "body"), {**_ONE_STAGE, "anchor_octaves": 3, "detections": 300}, layers=4),
     "fcos": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_FCOS}, _ONE_ANCHOR, grouped=True, reach=FCOS_REACH),
+    "mask_rcnn": Traits(True, ("pool",), {"mask_depth": 4}, {"anchor_octaves": 1}, masks=(True,)),
 }

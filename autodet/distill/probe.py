@@ -84,8 +84,11 @@ def _gradient_reason(loss: Tensor, student: DetectorOutput) -> str | None:
 
 def _tensors(output: DetectorOutput) -> list[Tensor]:
     """All that a loss may depend on."""
-    regions = [output.regions.class_logits, output.regions.corners] if output.regions else []
-    return [level for levels in _levels(output) for level in levels.values()] + regions
+    found = [level for levels in _levels(output) for level in levels.values()]
+    if output.regions is not None:
+        found += [output.regions.class_logits, output.regions.corners]
+        found += [] if output.regions.masks is None else [output.regions.masks]
+    return found
 
 
 def _levels(output: DetectorOutput) -> list[dict[int, Tensor]]:
@@ -98,8 +101,10 @@ def _leaves(output: DetectorOutput) -> DetectorOutput:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().float().requires_grad_()
 
-    features, logits, corners = ({s: leaf(level) for s, level in levels.items()} for levels in _levels(output))
+    features, logits, boxes = ({s: leaf(level) for s, level in levels.items()} for levels in _levels(output))
     regions = output.regions
     if regions is not None:
-        regions = replace(regions, class_logits=leaf(regions.class_logits), corners=leaf(regions.corners))
-    return replace(output, features=features, logits=logits or None, corners=corners or None, regions=regions)
+        masks = None if regions.masks is None else leaf(regions.masks)
+        class_logits, corners = leaf(regions.class_logits), leaf(regions.corners)
+        regions = replace(regions, class_logits=class_logits, corners=corners, masks=masks)
+    return replace(output, features=features, logits=logits or None, corners=boxes or None, regions=regions)

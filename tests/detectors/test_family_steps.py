@@ -236,6 +236,7 @@ HAND_DECODED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "faster_rcnn": shifted_and_scaled,
     "retinanet": shifted_and_scaled,
     "fcos": distances,
+    "mask_rcnn": shifted_and_scaled,
 }
 
 

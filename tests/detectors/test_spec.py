@@ -57,8 +57,13 @@ def random_labels(rng: random.Random) -> tuple[tuple[int, str], ...]:
 
 def random_head(rng: random.Random, family: str) -> dict[str, Any]:
     """Fields that only some families know."""
-    if family == "faster_rcnn":
-        return {
+    if TRAITS[family].two_stage:
+        masks = {
+            "mask_depth": rng.randint(1, 5),
+            "mask_width": rng.randint(1, 300),
+            "mask_roi_size": rng.randint(1, 28),
+        }
+        return (masks if True in TRAITS[family].masks else {}) | {
             "anchor_ratios": tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4))),
             "rpn_depth": rng.randint(1, 3),
             "head_width": rng.randint(1, 2000),

@@ -86,8 +86,8 @@ def test_between_families_only_the_neck_is_copied(student: str, teacher: str) ->
     copied, left = copied_between(*(like_fcos.get(family, spec_of(family)) for family in (student, teacher)))
     assert copied and all(name.startswith("backbone.fpn.") for name in copied)
     neck = {name for name in left if name.startswith("backbone.fpn.")}
-    assert all(name.startswith("backbone.fpn.extra_blocks.") for name in neck)  # which a Faster R-CNN has not
-    assert bool(neck) == (teacher == "faster_rcnn")
+    assert all(name.startswith("backbone.fpn.extra_blocks.") for name in neck)  # which a pooled level has not
+    assert bool(neck) == (spec_of(teacher).top == "pool" != spec_of(student).top)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from distill_outputs import (
     CANVAS,
     COUNTS,
     FCOS,
+    MASK_RCNN,
     PROPOSED,
     RCNN,
     RETINANET,
@@ -35,30 +36,29 @@ from autodet.distill.inputs import (
     parts_of,
     why_incomparable,
 )
-from autodet.distill.outputs import PARTS, output_of
+from autodet.distill.outputs import PARTS, answer_to
 from autodet.distill.teacher import Teacher
 from autodet.distill.values import Value
 
 # Which pairs can be compared. ---
 
 FEATURES = ("global", "fg", "bg", "instance")
+TWO_STAGE = {"faster_rcnn", "mask_rcnn"}
+PAIRS = list(itertools.product(FAMILIES, FAMILIES))
+
+
+def on_regions(pair: tuple[str, str]) -> list[str]:
+    """What two second stages can be compared on."""
+    masks = ["logits.mask"] if set(pair) == {"mask_rcnn"} else []
+    return ["logits.roi", "localization.roi", *masks] if set(pair) <= TWO_STAGE else []
+
+
 COMPARABLE = {
-    "same": {
-        ("faster_rcnn", "faster_rcnn"): tuple(INPUTS),
-        **{
-            pair: (*FEATURES, "logits.dense", "localization.dense")
-            for pair in itertools.product(FAMILIES, FAMILIES)
-            if pair != ("faster_rcnn", "faster_rcnn")
-        },
-    },
+    "same": {pair: (*FEATURES, "logits.dense", "localization.dense", *on_regions(pair)) for pair in PAIRS},
     "labels": {  # objectness means the same whatever the labels
-        pair: (*FEATURES, *(["logits.dense"] if "faster_rcnn" in pair else []), "localization.dense")
-        for pair in itertools.product(FAMILIES, FAMILIES)
+        pair: (*FEATURES, *(["logits.dense"] if TWO_STAGE & set(pair) else []), "localization.dense") for pair in PAIRS
     },
-    "size": {
-        pair: (*FEATURES, "logits.dense", *(["logits.roi", "localization.roi"] if set(pair) == {"faster_rcnn"} else []))
-        for pair in itertools.product(FAMILIES, FAMILIES)
-    },
+    "size": {pair: (*FEATURES, "logits.dense", *on_regions(pair)) for pair in PAIRS},
 }
 
 
@@ -80,6 +80,9 @@ def test_what_every_pair_of_families_can_be_compared_on(student: str, teacher: s
         ("localization.roi", RCNN, FCOS, "the teacher, a fcos, has no second stage"),
         ("logits.roi", RCNN, RCNN.with_labels([(1, "cell")]), "different labels"),
         ("localization.roi", RCNN, RCNN.with_labels(RCNN.labels[::-1]), "different labels"),
+        ("logits.mask", RCNN, MASK_RCNN, "the student, a faster_rcnn, has no mask branch"),
+        ("logits.mask", MASK_RCNN, RETINANET, "the teacher, a retinanet, has no mask branch"),
+        ("logits.mask", MASK_RCNN, MASK_RCNN.with_labels([(1, "cell")]), "different labels"),
         ("logits.dense", FCOS, RETINANET.with_labels([(1, "cell")]), "different labels"),
         ("localization.dense", FCOS, RETINANET.at_size(128), r"other sizes \(\(64, 96\) and \(128, 192\) pixels\)"),
     ],
@@ -95,15 +98,19 @@ def test_pyramids_without_a_common_stride_are_refused(name: str) -> None:
     coarse = copy.copy(FCOS)
     object.__setattr__(coarse, "levels", (128, 256))
     reason = why_incomparable(name, RCNN, coarse)
-    assert "share no stride" in str(reason) or INPUTS[name].part == "regions"
+    assert "share no stride" in str(reason) or INPUTS[name].part in ("regions", "masks")
     assert reason is not None
 
 
 @pytest.mark.parametrize("name", [name for name, spec in INPUTS.items() if spec.part != "features"])
 def test_responses_that_were_not_computed_are_asked_for(name: str) -> None:
     output = replace(answer(RCNN, 1), logits=None, corners=None, regions=None)
-    with pytest.raises(ValueError, match={"dense": "dense step", "regions": "second stage"}[INPUTS[name].part]):
+    reasons = {"dense": "dense step", "regions": "second stage", "masks": "second stage"}
+    with pytest.raises(ValueError, match=reasons[INPUTS[name].part]):
         INPUTS[name].pairs(output, output)
+    if INPUTS[name].part == "masks":
+        with pytest.raises(ValueError, match="mask branch"):
+            INPUTS[name].pairs(answer(RCNN, 1), answer(RCNN, 2))
 
 
 def test_every_input_names_the_part_that_must_be_run() -> None:
@@ -120,7 +127,12 @@ TRIPLES = [
     for name in comparable_inputs(spec_of(student), spec_of(teacher))
 ]
 EVERYWHERE = pytest.mark.parametrize(("name", "student", "teacher"), TRIPLES)
-TAKEN_FROM = {"features": ("features",), "dense": ("logits", "corners"), "regions": ("class_logits", "region_corners")}
+TAKEN_FROM = {
+    "features": ("features",),
+    "dense": ("logits", "corners"),
+    "regions": ("class_logits", "region_corners"),
+    "masks": ("masks",),
+}
 
 
 @EVERYWHERE
@@ -172,7 +184,7 @@ def test_without_objects_and_proposals_there_is_nothing_or_a_finite_loss(name: s
     loss = loss_of(name, ours, theirs)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in leaves(ours).values())
-    if name in ("fg", "instance", "logits.roi", "localization.roi"):
+    if name in ("fg", "instance", "logits.roi", "logits.mask", "localization.roi"):
         assert loss == 0
 
 
@@ -195,8 +207,7 @@ def test_real_detectors_are_compared_on_all_that_their_specs_allow(student: str,
     taught = Teacher(theirs, comparable_inputs(ours.spec, theirs.spec))(batch)
     inputs = ours.preprocess(batch.images)
     features = ours.features(inputs)
-    proposals = None if taught.regions is None else taught.regions.proposals
-    output = output_of(ours, batch, inputs, features, ours.dense(inputs, features), proposals)
+    output = answer_to(taught, ours, batch, inputs, features, ours.dense(inputs, features))
     for name in comparable_inputs(ours.spec, theirs.spec):
         loss = loss_of(name, output, taught)
         ours.model.zero_grad()

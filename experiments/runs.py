@@ -191,6 +191,8 @@ def say_candidate(budget: int) -> Callable[[Ask, Mapping[str, Any]], None]:
 
     def say(ask: Ask, told: Mapping[str, Any]) -> None:
         ap = "–" if told["ap"] is None else f"{told['ap']:.3f}"
+        masks = (told.get("metrics") or {}).get("mask_ap")
+        ap += "" if masks is None else f", masks {masks:.3f}"
         cause = f"  ({told['cause']})" if told["status"] == "failed" else ""
         place = ask.phase if ask.phase == ask.group else f"{ask.phase}/{ask.group}"
         text = (ask.id + 1, budget, place, told["status"], ap, ask.candidate.formula, cause)

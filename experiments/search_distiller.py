@@ -281,7 +281,8 @@ def train_students(
     if records is None:
         return None
     for record in records:
-        print(f"  {record.group:13} AP {record.ap if record.ap is None else round(record.ap, 4)}")
+        masks = "" if record.mask_ap is None else f", masks {record.mask_ap:.4f}"
+        print(f"  {record.group:13} AP {record.ap if record.ap is None else round(record.ap, 4)}{masks}")
     lost = [f"{record.group}: {record.cause}" for record in records if record.weights is None]
     if lost:
         raise ValueError(f"Students failed ({'; '.join(lost)}). Mend the cause, delete {folder} and resume.")

@@ -17,7 +17,10 @@ FINAL_STATUSES = ("completed", "stopped", "failed")
 
 @dataclass(frozen=True)
 class Metrics:
-    """The twelve numbers of the COCO evaluation, 0–1; None where the ground truth has nothing of that size."""
+    """The twelve numbers of the COCO evaluation of boxes, and six of masks, 0–1.
+
+    None where the ground truth has nothing of that size; those of masks also where none were measured.
+    """
 
     ap: float | None = None
     ap50: float | None = None
@@ -31,18 +34,31 @@ class Metrics:
     ar_small: float | None = None
     ar_medium: float | None = None
     ar_large: float | None = None
+    mask_ap: float | None = None
+    mask_ap50: float | None = None
+    mask_ap75: float | None = None
+    mask_ap_small: float | None = None
+    mask_ap_medium: float | None = None
+    mask_ap_large: float | None = None
 
     def to_json(self) -> dict[str, float | None]:
-        """Field names to numbers."""
-        return asdict(self)
+        """Field names to numbers; those of masks only where masks were measured."""
+        names = METRIC_NAMES if self.mask_ap is None else METRIC_NAMES + MASK_METRIC_NAMES
+        return {name: getattr(self, name) for name in names}
+
+    def with_masks(self, masks: Metrics) -> Metrics:
+        """These numbers of boxes beside those of masks, which are given as the twelve numbers of an evaluation."""
+        return replace(self, **{name: getattr(masks, name.removeprefix(MASK)) for name in MASK_METRIC_NAMES})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Metrics:
         """The reverse of `to_json`; keys that are missing become None, keys unknown here are ignored."""
-        return cls(**{name: data.get(name) for name in METRIC_NAMES})
+        return cls(**{name: data.get(name) for name in METRIC_NAMES + MASK_METRIC_NAMES})
 
 
-METRIC_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Metrics))
+MASK = "mask_"
+METRIC_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Metrics) if not f.name.startswith(MASK))  # of boxes
+MASK_METRIC_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Metrics) if f.name.startswith(MASK))
 
 
 @dataclass(frozen=True)
@@ -145,9 +161,14 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
     student: dict[str, Any] | None = field(default=None, hash=False)
 
+    @property
+    def mask_ap(self) -> float | None:
+        """AP of masks, 0–1; None where none was measured. `ap`, of boxes, is what a search goes by."""
+        return None if self.metrics is None else self.metrics.mask_ap
+
     def to_json(self) -> dict[str, Any]:
         """One line of records.jsonl."""
-        return asdict(self)
+        return asdict(self) | {"metrics": None if self.metrics is None else self.metrics.to_json()}
 
     def row(self) -> dict[str, str | int | float | bool | None]:
         """One flat row of summary.csv: metrics as columns, parents as text, plain values of `extra` as `extra.NAME`.

@@ -26,7 +26,7 @@ from options import source
 
 from autodet.atomic import atomic_write_bytes
 from autodet.ledger import Ledger, LedgerError
-from autodet.results.frame import find_runs, frame_of, leaderboard, rank_agreement, read_run
+from autodet.results.frame import find_runs, frame_of, leaderboard, mask_columns, rank_agreement, read_run
 from autodet.results.guidance_page import write_guidance
 from autodet.results.guidance_tables import text_of
 from autodet.results.joint_report import write_joint_report
@@ -139,7 +139,8 @@ def guide(runs: list[Path], output: Path) -> None:
 def print_tables(frame: pd.DataFrame, options: argparse.Namespace) -> None:
     """The leaderboard, and the paired differences of a comparison."""
     with pd.option_context("display.max_colwidth", 100, "display.width", 200):
-        board = leaderboard(frame, options.top)[["ap", "runs", "phase", "inherit", "formula"]]
+        names = ["ap", *mask_columns(frame), "runs", "phase", "inherit", "formula"]
+        board = leaderboard(frame, options.top)[names]
         print(f"\n{board.round(4).to_string(index=False)}" if len(board) else "\nnothing has completed yet")
         compared = comparison(frame, options.baseline)
         if compared is not None:

@@ -196,6 +196,7 @@ def _export(detector: Detector, bench: JointBench, path: Path) -> str:
 def _points(metrics: Metrics) -> dict[str, float | None]:
     names = {"AP": "ap", "AP50": "ap50", "AP S": "ap_small", "AP M": "ap_medium", "AP L": "ap_large"}
     values = metrics.to_json()
+    names |= {"mask AP": "mask_ap", "mask AP50": "mask_ap50"} if "mask_ap" in values else {}
     return {
         title: None if values[name] is None else round(100 * float(values[name] or 0), 2)
         for title, name in names.items()

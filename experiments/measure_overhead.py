@@ -27,7 +27,7 @@ import torch
 from options import data_options, main_of, positive
 from presets import Preset, preset_of
 from ray import tune
-from runs import checked_labels, data_folder
+from runs import data_folder, for_data
 
 from autodet.distill import Formula
 from autodet.ledger import Ledger
@@ -80,7 +80,7 @@ def overhead_task(options: argparse.Namespace, preset: Preset) -> Task:
     return Task(
         data=str(data),
         cache=str(options.cache.resolve()),
-        student=preset.student.with_labels(checked_labels(data)),
+        student=for_data(preset.student, data),
         settings=preset.proxy,
         fraction=preset.fraction,
         device=preset.device,

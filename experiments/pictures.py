@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from autodet.atomic import atomic_write_bytes
-from autodet.data import Batch, BatchKey
+from autodet.data import Batch, BatchKey, Loader
 from autodet.detectors import Detector, detect, load_detector
+from autodet.evaluation.masks import INSIDE
 from autodet.results.detections import Panel, draw_detections
 from autodet.results.plots import to_png
 from autodet.training import Task, Workbench
@@ -33,7 +34,10 @@ def save_detections(run: Path, task: Task, files: Mapping[str, Path]) -> None:
     bench = Workbench(replace(task, teacher=None))
     detectors = {name: load_detector(path)[0] for name, path in files.items()}
     shown = range(min(IMAGES, len(bench.eval_set)))
-    batch = bench.eval_loader.load(BatchKey(tuple(shown), (False,) * len(shown)))
+    loader = bench.eval_loader
+    if bench.eval_set.mask_problem is None and any(detector.spec.masks for detector in detectors.values()):
+        loader = Loader(loader.cache, loader.dataset, loader.labels, loader.plan, with_masks=True)
+    batch = loader.load(BatchKey(tuple(shown), (False,) * len(shown)))
     rows = [_row(batch, index, detectors) for index in range(len(batch.images))]
     names = {label: name for label, (_, name) in enumerate(task.student.labels, start=1)}
     folder = run / "pictures"
@@ -44,12 +48,14 @@ def save_detections(run: Path, task: Task, files: Mapping[str, Path]) -> None:
 def _row(batch: Batch, index: int, detectors: Mapping[str, Detector]) -> list[Panel]:
     image, target = batch.images[index], batch.targets[index]
     pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    panels = [Panel("ground truth", pixels, target["boxes"].numpy(), target["labels"].numpy())]
+    masks = target["masks"].numpy().astype(bool) if "masks" in target else None
+    panels = [Panel("ground truth", pixels, target["boxes"].numpy(), target["labels"].numpy(), masks=masks)]
     for name, detector in detectors.items():
         found = detect(detector, [image])[0]
         sure = found["scores"] >= CONFIDENT
         boxes, labels, scores = (_array(found[key][sure]) for key in ("boxes", "labels", "scores"))
-        panels.append(Panel(name, pixels, boxes, labels, scores))
+        masks = _array(found["masks"][sure][:, 0] > INSIDE) if "masks" in found else None
+        panels.append(Panel(name, pixels, boxes, labels, scores, masks))
     return panels
 
 

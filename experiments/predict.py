@@ -4,7 +4,8 @@ command:   python experiments/predict.py DETECTOR IMAGE [IMAGE ...] [--threshold
 hardware:  any; one core is enough
 time:      a few seconds, then as long as the detector takes for an image
 expected:  CSV on the screen, a line a detection, best first: image,category_id,name,score,x1,y1,x2,y2 (pixels of the
-           file, turned as its EXIF orientation says); with --output a picture with the boxes drawn, an image
+           file, turned as its EXIF orientation says); with --output a picture with the boxes, and masks where the
+           detector gives them, drawn, an image
 
 DETECTOR is a file of save_detector, such as the scripts here write, or an ONNX file of export_onnx.py. Images are
 resized as those of a training are, so that these are the detections that an evaluation counts.
@@ -28,7 +29,7 @@ from autodet.atomic import atomic_write_bytes
 from autodet.data.cache import decode, resized_size
 from autodet.data.checks import IMAGE_ERRORS
 from autodet.detectors import DetectorSpec, Target, detect, load_detector
-from autodet.evaluation import to_original
+from autodet.evaluation import binary_masks, to_original
 from autodet.export import load_onnx
 from autodet.results.detections import Panel, draw_detections
 from autodet.results.plots import to_png
@@ -117,15 +118,20 @@ def as_tensor(image: Image.Image) -> Tensor:
 
 
 def predicted(see: See, spec: DetectorSpec, image: Image.Image, threshold: float) -> Target:
-    """Detections of at least this score: boxes float64 N×4 xyxy in pixels of ``image``, scores, labels of the spec."""
+    """Detections of at least this score: boxes float64 N×4 xyxy in pixels of ``image``, scores, labels of the spec.
+
+    Of a detector with masks also these, bool N×H×W.
+    """
     small = prepared(image, spec)
     found = see(small)
     known = torch.tensor(list(spec.categories), dtype=found["labels"].dtype)
     keep = (found["scores"] >= threshold) & torch.isin(found["labels"], known)
     sizes = (small.shape[-2], small.shape[-1]), (image.height, image.width)
-    return {name: values[keep] for name, values in found.items()} | {
-        "boxes": to_original(found["boxes"][keep].double(), *sizes)
-    }
+    kept = {name: values[keep] for name, values in found.items()}
+    kept["boxes"] = to_original(kept["boxes"].double(), *sizes)
+    if "masks" in kept:
+        kept["masks"] = binary_masks(kept["masks"], sizes[1])
+    return kept
 
 
 def lines(path: Path, found: Target, spec: DetectorSpec) -> Iterable[Sequence[object]]:
@@ -136,11 +142,12 @@ def lines(path: Path, found: Target, spec: DetectorSpec) -> Iterable[Sequence[ob
 
 
 def drawn(title: str, image: Image.Image, found: Target, spec: DetectorSpec) -> bytes:
-    """A PNG of the image with its boxes; the legend names the classes that it shows."""
+    """A PNG of the image with its boxes and masks; the legend names the classes that it shows."""
     boxes, labels, scores = (found[name].numpy() for name in ("boxes", "labels", "scores"))
     shown = set(labels.tolist())
     names = {label: name for label, (_, name) in enumerate(spec.labels, start=1) if label in shown}
-    return to_png(draw_detections([[Panel(title, np.asarray(image), boxes, labels, scores)]], names))
+    masks = found["masks"].numpy() if "masks" in found else None
+    return to_png(draw_detections([[Panel(title, np.asarray(image), boxes, labels, scores, masks)]], names))
 
 
 if __name__ == "__main__":

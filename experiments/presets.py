@@ -160,6 +160,8 @@ def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, 
     values: dict[str, dict[str, Any]] = {
         "faster_rcnn": two_stage,
         "cascade_rcnn": two_stage | {"stage_ious": (0.5, 0.6, 0.7)},
+        # torchvision's mask head would take more time than all the rest of so small a detector.
+        "mask_rcnn": two_stage | {"mask_depth": 2, "mask_width": neck // 2, "mask_roi_size": 7},
         "retinanet": one_stage
         | {
             "anchor_sizes": (16, 36, 80, 130, 170),
@@ -215,13 +217,14 @@ def divide(
 TEACHER = "basic-32:32x2-64x2-128x2-256x2"
 STUDENT = "basic-8:8x1-16x1-32x1-64x1"
 # For batches of 16: torchvision's reference recipes; of others, their public configurations.
-RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01, "cascade_rcnn": 0.02, "gfl": 0.01}
+RATES = {"faster_rcnn": 0.02, "retinanet": 0.01, "fcos": 0.01, "cascade_rcnn": 0.02, "gfl": 0.01, "mask_rcnn": 0.02}
 TEACHING = {  # preset cpu's teachers
     "faster_rcnn": recipe(16, lr=1e-3, ema=0.99),
     "retinanet": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
     "fcos": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
     "cascade_rcnn": recipe(16, lr=1e-3, ema=0.99),
     "gfl": recipe(12, lr=1e-3, ema=0.99, batch_size=4),
+    "mask_rcnn": recipe(16, lr=1e-3, ema=0.99),
 }
 FULL = {  # preset cpu's students
     "faster_rcnn": recipe(16),
@@ -229,4 +232,5 @@ FULL = {  # preset cpu's students
     "fcos": recipe(12, batch_size=4),
     "cascade_rcnn": recipe(16),
     "gfl": recipe(12, batch_size=4),
+    "mask_rcnn": recipe(16),
 }

@@ -18,7 +18,7 @@ from presets import Preset, preset_of
 
 import autodet
 from autodet.atomic import atomic_write_json
-from autodet.data import read_dataset, write_shapes
+from autodet.data import DatasetError, read_dataset, write_shapes
 from autodet.detectors import DetectorSpec
 from autodet.distill import Formula
 from autodet.ledger import Ledger, localised, portable
@@ -69,6 +69,15 @@ def data_folder(options: argparse.Namespace, preset: Preset) -> Path:
 def checked_labels(data: Path) -> tuple[tuple[int, str], ...]:
     """Check the whole data set; the detector's labels, which are its categories in order of their ids."""
     return tuple((category.id, category.name) for category in read_dataset(data)["train"].categories)
+
+
+def for_data(spec: DetectorSpec, data: Path) -> DetectorSpec:
+    """A detector for the classes of a data set, which is checked as a whole; DatasetError where it learns masks and
+    the data lacks some."""
+    train = read_dataset(data)["train"]
+    if spec.masks and train.mask_problem is not None:
+        raise DatasetError(train.mask_problem)
+    return spec.with_labels([(category.id, category.name) for category in train.categories])
 
 
 def trained_teacher(preset: Preset, task: Task, folder: Path) -> Path:
@@ -182,6 +191,8 @@ def say_candidate(budget: int) -> Callable[[Ask, Mapping[str, Any]], None]:
 
     def say(ask: Ask, told: Mapping[str, Any]) -> None:
         ap = "–" if told["ap"] is None else f"{told['ap']:.3f}"
+        masks = (told.get("metrics") or {}).get("mask_ap")
+        ap += "" if masks is None else f", masks {masks:.3f}"
         cause = f"  ({told['cause']})" if told["status"] == "failed" else ""
         place = ask.phase if ask.phase == ask.group else f"{ask.phase}/{ask.group}"
         text = (ask.id + 1, budget, place, told["status"], ap, ask.candidate.formula, cause)

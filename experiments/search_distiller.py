@@ -37,8 +37,8 @@ from pictures import save_student_pictures
 from presets import Preset, preset_of
 from runs import (
     check_device,
-    checked_labels,
     data_folder,
+    for_data,
     run_list,
     save_search,
     say_candidate,
@@ -207,7 +207,7 @@ def full_size_task(preset: Preset, options: argparse.Namespace) -> Task:
     return Task(
         data=str(data),
         cache=str(Path(options.cache).resolve()),
-        student=student_spec(options, preset).with_labels(checked_labels(data)),
+        student=for_data(student_spec(options, preset), data),
         start=None if options.start is None else str(options.start.resolve()),
         settings=preset.proxy,
         fraction=preset.fraction,
@@ -281,7 +281,8 @@ def train_students(
     if records is None:
         return None
     for record in records:
-        print(f"  {record.group:13} AP {record.ap if record.ap is None else round(record.ap, 4)}")
+        masks = "" if record.mask_ap is None else f", masks {record.mask_ap:.4f}"
+        print(f"  {record.group:13} AP {record.ap if record.ap is None else round(record.ap, 4)}{masks}")
     lost = [f"{record.group}: {record.cause}" for record in records if record.weights is None]
     if lost:
         raise ValueError(f"Students failed ({'; '.join(lost)}). Mend the cause, delete {folder} and resume.")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from options import common_options, data_options, main_of, new_folder, parsed, positive, recorded
 from presets import Preset, preset_of
-from runs import all_threads, check_device, checked_labels, data_folder, say_epoch, start_or_resume
+from runs import all_threads, check_device, data_folder, for_data, say_epoch, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import DetectorSpec, detect, load_detector
@@ -67,7 +67,7 @@ def plain_task(options: argparse.Namespace, preset: Preset, folder: Path) -> Tas
     return Task(
         data=str(data),
         cache=str(options.cache.resolve()),
-        student=spec.with_labels(checked_labels(data)),
+        student=for_data(spec, data),
         settings=replace(settings, epochs=options.epochs) if options.epochs else settings,
         split=options.split,
         fixed_batches=False,

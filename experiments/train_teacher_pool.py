@@ -25,7 +25,7 @@ import torch
 from options import common_options, data_options, main_of, new_folder, parsed, placement_options, positive, recorded
 from pool_presets import PoolPreset, pool_preset_of
 from presets import gpus_of, preset_of
-from runs import check_device, checked_labels, data_folder, start_or_resume
+from runs import check_device, data_folder, for_data, start_or_resume
 
 from autodet.data import BatchKey
 from autodet.detectors import build, detect
@@ -141,7 +141,7 @@ def pool_task(options: argparse.Namespace, preset: PoolPreset) -> PoolTask:
     space = PoolSpace.parse(options.space) if options.space else preset.space
     schedule = Schedule.parse(options.schedule) if options.schedule else preset.schedule
     formula = Formula.parse(options.formula) if options.formula else preset.formula
-    spec = preset.detector.at_size(space.largest.size).with_labels(checked_labels(data))
+    spec = for_data(preset.detector.at_size(space.largest.size), data)
     spec = replace(spec, max_size=options.max_size or spec.max_size)
     task = Task(
         data=str(data),

@@ -149,9 +149,10 @@ def base_stage(
 def say_accuracy(given: Detector, task: Task) -> None:
     """What a given base reaches on this data, before hours are spent on it."""
     given.model.to(task.device)
-    ap = Workbench(task).measure(given).ap or 0.0
+    metrics = Workbench(task).measure(given)
+    ap, masks = metrics.ap or 0.0, "" if metrics.mask_ap is None else f", masks {metrics.mask_ap:.3f},"
     given.model.to("cpu")
-    logging.info("AP %.3f on %s", ap, task.split)
+    logging.info("AP %.3f%s on %s", ap, masks, task.split)
     if ap < HARDLY:
         logging.warning(
             "The base finds hardly anything here. If it should: was it trained at --base-size %d, with labels in the "

@@ -1,6 +1,6 @@
 import pytest
 
-from autodet.records import Cost, Event, Metrics, Record, check_payload, records_from
+from autodet.records import MASK_METRIC_NAMES, METRIC_NAMES, Cost, Event, Metrics, Record, check_payload, records_from
 
 CANDIDATE = {"formula": "global: l1 * 2", "inherit": True, "replicate": 1}
 EVENTS = [
@@ -87,6 +87,30 @@ def test_metrics_and_cost_round_trip() -> None:
     assert Metrics.from_json({**metrics.to_json(), "unknown": 1}) == metrics
     cost = Cost(1.5, 2.0, "cpu", 2, 1, 3.25, 1.4)
     assert Cost.from_json(cost.to_json()) == cost
+
+
+def test_numbers_of_masks_are_written_only_where_there_are_some() -> None:
+    boxes = Metrics(ap=0.25, ap50=0.5, ar1=0.125)
+    assert set(boxes.to_json()) == set(METRIC_NAMES) and not any("mask" in name for name in METRIC_NAMES)
+    assert len(METRIC_NAMES) == 12 and len(MASK_METRIC_NAMES) == 6
+    both = boxes.with_masks(Metrics(ap=0.2, ap50=0.4, ap75=0.3, ap_large=0.1, ar1=0.9))
+    assert (both.ap, both.ap50, both.ar1) == (0.25, 0.5, 0.125)
+    assert (both.mask_ap, both.mask_ap50, both.mask_ap75, both.mask_ap_large) == (0.2, 0.4, 0.3, 0.1)
+    assert both.mask_ap_small is None and both.to_json()["mask_ap75"] == 0.3
+    assert Metrics.from_json(both.to_json()) == both
+    old = {"ap": 0.25, "ap50": 0.5, "ar1": 0.125}  # as before masks were known
+    assert Metrics.from_json(old) == boxes
+
+
+def test_a_row_shows_masks_beside_boxes_and_the_fitness_is_the_boxes() -> None:
+    told = {"status": "completed", "ap": 0.4, "metrics": {"ap": 0.4, "mask_ap": 0.3, "mask_ap50": 0.6}}
+    record = records_from([EVENTS[0], Event(1, "told", 0, 20.0, told)])[0]
+    row = record.row()
+    assert (record.ap, record.mask_ap, row["ap"], row["mask_ap"], row["mask_ap50"]) == (0.4, 0.3, 0.4, 0.3, 0.6)
+    assert "extra.metrics_ap" not in row
+    plain = records_from([EVENTS[0]])[0]
+    assert plain.mask_ap is None and not any(name.startswith("mask") for name in plain.row())
+    assert record.to_json()["metrics"]["mask_ap"] == 0.3
 
 
 @pytest.mark.parametrize(

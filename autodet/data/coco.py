@@ -30,6 +30,7 @@ from autodet.data.checks import (
     checked_entries,
     load_document,
 )
+from autodet.data.masks import mask_problem
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +98,9 @@ class CocoDataset:
         return digest.hexdigest()
 
     @cached_property
-    def has_masks(self) -> bool:
-        """Whether every object used in training has a segmentation."""
-        return all(
-            segmentation is not None
-            for image in self.images
-            for segmentation, used in zip(image.segmentations, image.trainable, strict=True)
-            if used
-        )
+    def mask_problem(self) -> str | None:
+        """Why no detector can learn masks from it; None where every object used in training has one."""
+        return mask_problem(self.name, self.images)
 
     def subset(self, fraction: float, seed: int) -> "CocoDataset":
         """A random part with round(fraction × images) images, at least one, in the original order.

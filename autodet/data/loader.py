@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from autodet.data.cache import ImageCache
+from autodet.data.checks import DatasetError
 from autodet.data.coco import CocoDataset, ImageRecord
+from autodet.data.masks import resized_masks
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Loader:
     """Batches of `dataset`, which may be a subset of the data set that `cache` holds.
 
     `labels` maps category ids to the detector's labels; ValueError if it lacks one of the data set. With `with_masks`
-    the targets carry masks; ValueError if objects lack a segmentation. `pace` is entered while a batch is worked on,
+    the targets carry masks; DatasetError if objects lack one. `pace` is entered while a batch is worked on,
     from its being handed out to the next one's being asked for.
     """
 
@@ -102,8 +101,8 @@ class Loader:
                 f"expected a label for every category of {dataset.name}, found none for ids {unknown}: "
                 "use a detector made for these classes"
             )
-        if with_masks and not dataset.has_masks:
-            raise ValueError(f"expected a segmentation for every object of {dataset.name}: load it without masks")
+        if with_masks and dataset.mask_problem is not None:
+            raise DatasetError(dataset.mask_problem)
         self.cache = cache
         self.dataset = dataset
         self.labels = labels
@@ -175,7 +174,8 @@ class Loader:
             "orig_size": torch.tensor([record.height, record.width], dtype=torch.int64),
         }
         if self.with_masks:
-            masks = _masks(record, used, height, width)
+            chosen = [found for found, keep in zip(record.segmentations, used, strict=True) if keep]
+            masks = resized_masks(chosen, (record.height, record.width), (height, width))
             target["masks"] = masks.flip(-1) if flip else masks
         return image, target
 
@@ -187,27 +187,6 @@ def _scaled_boxes(record: ImageRecord, used: npt.NDArray[np.bool_], height: int,
     if flip:
         boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     return torch.from_numpy(boxes.astype(np.float32))
-
-
-def _masks(record: ImageRecord, used: npt.NDArray[np.bool_], height: int, width: int) -> Tensor:
-    """uint8 N×height×width of the annotations `used`, resized by nearest neighbour."""
-    chosen = [segmentation for segmentation, keep in zip(record.segmentations, used, strict=True) if keep]
-    if not chosen:
-        return torch.zeros((0, height, width), dtype=torch.uint8)
-    full = torch.from_numpy(np.stack([object_mask(s, record.height, record.width) for s in chosen]))
-    return interpolate(full[None], size=(height, width), mode="nearest")[0]
-
-
-def object_mask(segmentation: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """uint8 height×width of COCO polygons (list), or of a run-length code with counts as a list or as text."""
-    if isinstance(segmentation, list):
-        code = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        code = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        code = segmentation
-    mask: npt.NDArray[np.uint8] = coco_mask.decode(code)
-    return mask
 
 
 def _shape_group(height: int, width: int) -> int:

@@ -4,7 +4,7 @@ from autodet.detectors.arch import Arch
 from autodet.detectors.build import adapt, build, detect, is_detector_file, load_detector, save_detector, steps_of
 from autodet.detectors.foreign import detector_of_state_dict, load_any_detector
 from autodet.detectors.spec import DetectorSpec, SpecError, standard_spec
-from autodet.detectors.steps import Dense, Detector, Features, Inputs, Regions, Target, TwoStage
+from autodet.detectors.steps import Dense, Detector, Features, Inputs, Masked, Regions, Target, TwoStage
 
 __all__ = [
     "Arch",
@@ -13,6 +13,7 @@ __all__ = [
     "DetectorSpec",
     "Features",
     "Inputs",
+    "Masked",
     "Regions",
     "SpecError",
     "Target",

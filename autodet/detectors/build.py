@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodet.detectors import cascade_rcnn, faster_rcnn, fcos, gfl, retinanet
+from autodet.detectors import cascade_rcnn, faster_rcnn, fcos, gfl, mask_rcnn, retinanet
 from autodet.detectors.spec import FAMILIES, DetectorSpec, SpecError
 from autodet.detectors.steps import Detector, Family, Target
 from autodet.detectors.weights import load_strict, load_weights, metadata_of, save_weights
@@ -18,6 +18,7 @@ from autodet.detectors.weights import load_strict, load_weights, metadata_of, sa
 # A family whose models are also those of another, or whose weights hold the other's, comes first.
 FAMILY_OF: Mapping[str, Family] = {
     "cascade_rcnn": cascade_rcnn.FAMILY,
+    "mask_rcnn": mask_rcnn.FAMILY,
     "faster_rcnn": faster_rcnn.FAMILY,
     "gfl": gfl.FAMILY,
     "retinanet": retinanet.FAMILY,
@@ -47,6 +48,8 @@ def adapt(model: nn.Module, labels: Sequence[tuple[int, str]]) -> Detector:
 
 def detect(detector: Detector, images: list[Tensor]) -> list[Target]:
     """Detections in evaluation mode: per image boxes R×4 xyxy (its pixels), scores, labels.
+
+    Detectors with masks (``spec.masks``) give them too: R×1×H×W in 0–1, at the size of the image.
 
     Every module's mode is put back, also that of a norm kept in evaluation mode while the rest trains.
     """

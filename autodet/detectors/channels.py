@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autodet.detectors.arch import STAGES, Arch
 from autodet.detectors.build import FAMILY_OF
-from autodet.detectors.dims import Groups, Named, biased, group_of, normed, size_of
+from autodet.detectors.dims import Groups, Named, biased, group_of, made_axis, normed, size_of
 from autodet.detectors.spec import BODY_STRIDES, DetectorSpec
 
 BODY, FPN = "backbone.body.", "backbone.fpn."
@@ -70,8 +70,9 @@ def producers(groups: Mapping[str, Groups]) -> dict[str, list[str]]:
     """Group → names of the weights whose outputs it is."""
     made: dict[str, list[str]] = {}
     for name, dims in groups.items():
-        if len(dims) > 1 and dims[0] is not None:
-            made.setdefault(group_of(dims[0]), []).append(name)
+        outputs = dims[made_axis(dims)] if len(dims) > 1 else None
+        if outputs is not None:
+            made.setdefault(group_of(outputs), []).append(name)
     return made
 
 

@@ -19,6 +19,12 @@ class Blocks(NamedTuple):
 
 
 Dim = str | Blocks | None
+
+
+class Transposed(tuple[Dim, ...]):
+    """The dimensions of a transposed convolution's weight: what it reads comes first, what it makes second."""
+
+
 Groups = tuple[Dim, ...]  # a tensor's dimensions → the group of channels that each is, None for all others
 Named = Iterator[tuple[str, Groups]]  # names of tensors and their dimensions
 TOWERS = ("classification", "regression")
@@ -32,6 +38,11 @@ def group_of(dim: str | Blocks) -> str:
 def size_of(dim: str | Blocks) -> int:
     """Places of each channel in a dimension."""
     return dim.size if isinstance(dim, Blocks) else 1
+
+
+def made_axis(groups: Groups) -> int:
+    """The dimension of a weight that is its layer's outputs; the other one of the first two is what it reads."""
+    return 1 if isinstance(groups, Transposed) else 0
 
 
 def biased(layer: str, outputs: Dim, inputs: Dim) -> Named:

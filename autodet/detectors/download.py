@@ -20,7 +20,7 @@ IMAGENET_BODIES: Final = (
     "resnext101_32x8d",
     "wide_resnet50_2",
 )
-COCO_DETECTORS: Final = ("fasterrcnn_resnet50_fpn",)
+COCO_DETECTORS: Final = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
 
 
 def download_imagenet_body(name: str, version: str = "IMAGENET1K_V1") -> dict[str, Tensor]:

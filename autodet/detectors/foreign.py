@@ -51,9 +51,10 @@ def detector_of_state_dict(
     (``COCO_LABELS``), and of mmdetection's 80 those of them that name something (``COCO_80``). min_size, max_size:
     pixels, as it was trained. source: names the state dict in errors.
 
-    Norms without a count of batches are frozen ones. norm_eps: theirs, which no tensor tells. None: 0 for Faster R-CNN
-    and RetinaNet on a ResNet-50, since torchvision's COCO weights of these have 0 and so has what is fine-tuned from
-    them; give 1e-5 where a training with frozen norms started from ImageNet weights instead. 1e-5 for all others.
+    Norms without a count of batches are frozen ones. norm_eps: theirs, which no tensor tells. None: 0 for Faster R-CNN,
+    RetinaNet and Mask R-CNN on a ResNet-50, since torchvision's COCO weights of these have 0 and so has what is
+    fine-tuned from them; give 1e-5 where a training with frozen norms started from ImageNet weights instead. 1e-5 for
+    all others.
 
     SpecError where it belongs to no such detector or the labels are of another number, WeightsError where tensors of
     one are missing, superfluous, or of another shape.
@@ -115,7 +116,7 @@ def _top(state: State, width: int) -> str:
 
 def _frozen_eps(spec: DetectorSpec) -> float:
     """See ``detector_of_state_dict``; torchvision's constructors set 0 where they load these weights."""
-    return 0.0 if spec.family in ("faster_rcnn", "retinanet") and spec.body == Arch.resnet50() else 1e-5
+    return 0.0 if spec.family in ("faster_rcnn", "retinanet", "mask_rcnn") and spec.body == Arch.resnet50() else 1e-5
 
 
 def _labels(classes: int, labels: Labels, coco: Labels) -> Labels:

@@ -32,9 +32,10 @@ class DetectorSpec:
     levels: nominal strides of the pyramid; those up to 32 come from the body's stages. top: what the levels above are
     made from: "pool" (64, pooled), or convolutions (64 and 128) on the "neck"'s or the "body"'s last map.
     Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's and what
-    extends it, stage_ious Cascade R-CNN's, anchor_octaves and box_loss RetinaNet's, reg_max GFL's, head_depth to
-    candidates those of the one-stage families. An FCOS's anchor_sizes are the unit of its distances, a GFL's decide
-    which locations learn an object. ``standard_spec`` gives each family torchvision's own values, or its paper's.
+    extends it, stage_ious Cascade R-CNN's, those of the mask branch of detectors that also give masks (mask_depth 0: it
+    has none), anchor_octaves and box_loss RetinaNet's, reg_max GFL's, head_depth to candidates those of the one-stage
+    families. An FCOS's anchor_sizes are the unit of its distances, a GFL's decide which locations learn an object.
+    ``standard_spec`` gives each family torchvision's own values, or its paper's.
     """
 
     family: str
@@ -58,6 +59,9 @@ class DetectorSpec:
     proposals_before_nms: tuple[int, int] = (2000, 1000)  # training, evaluation; per level
     proposals: tuple[int, int] = (2000, 1000)  # training, evaluation; per image
     regions_per_image: int = 512
+    mask_depth: int = 0  # convolutions of the mask head; 0: there is none
+    mask_width: int = 256
+    mask_roi_size: int = 14  # bins a side; a mask has twice as many pixels a side
     anchor_octaves: int = 1  # sizes of an anchor at a location: size · 2^(i / octaves), rounded down
     box_loss: str = "l1"
     head_depth: int = 4
@@ -88,6 +92,11 @@ class DetectorSpec:
     def two_stage(self) -> bool:
         """Whether a second stage looks at regions."""
         return self.traits.two_stage
+
+    @property
+    def masks(self) -> bool:
+        """Whether it gives a mask of every object, and learns them."""
+        return self.mask_depth > 0
 
     @property
     def traits(self) -> Traits:
@@ -206,7 +215,7 @@ def _problems(spec: DetectorSpec) -> list[str]:
     below = BODY_STRIDES[len(BODY_STRIDES) - len(spec.body_levels) :]
     above = ABOVE[spec.top]
     positive = (
-        *("neck_width", "rpn_depth", "head_width", "roi_size", "detections", "min_size"),
+        *("neck_width", "rpn_depth", "head_width", "roi_size", "detections", "min_size", "mask_width", "mask_roi_size"),
         *("regions_per_image", "anchor_octaves", "head_depth", "candidates", "reg_max"),
     )
     checks = [
@@ -260,5 +269,16 @@ def _head_problems(spec: DetectorSpec) -> list[tuple[bool, str]]:
             not all(0 < iou < 1 for iou in spec.stage_ious),
             f"stage_ious {spec.stage_ious} are not all between 0 and 1",
         ),
+        (
+            spec.mask_depth < 0 or spec.masks not in traits.masks,
+            f"mask_depth is {spec.mask_depth}, but a {spec.family} has {_mask_words(traits)}",
+        ),
         (spec.head_depth > layers, f"head_depth {spec.head_depth} is above a {spec.family}'s {layers}"),
     ]
+
+
+def _mask_words(traits: Traits) -> str:
+    """What mask_depth may be in a family."""
+    if len(traits.masks) > 1:
+        return "a mask branch or none: at least 0"
+    return "a mask branch: at least 1" if traits.masks[0] else "no mask branch: 0"

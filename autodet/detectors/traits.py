@@ -19,10 +19,11 @@ class Traits:
 
     two_stage: a second stage looks at regions. tops: what the pyramid's levels above the body's may be made from.
     standard: where its usual detector differs from a spec's defaults. fixed: fields that have no other value in it.
-    grouped: its head cannot be built without group norms. layers: the most that a tower of its head may have. reach:
-    the share of a level's stride, as a divisor, that an anchor has at least. cascaded: its second stage is several
-    box heads in a row. distributions: its head knows the place of a box's side as a distribution over distances from
-    the location, 0 to ``reg_max`` strides.
+    grouped: its head cannot be built without group norms. masks: whether its detectors may have a mask branch, and
+    whether they may be without. layers: the most that a tower of its head may have. reach: the share of a level's
+    stride, as a divisor, that an anchor has at least. cascaded: its second stage is several box heads in a row.
+    distributions: its head knows the place of a box's side as a distribution over distances from the location, 0 to
+    ``reg_max`` strides.
     """
 
     two_stage: bool
@@ -30,6 +31,7 @@ class Traits:
     standard: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     grouped: bool = False
+    masks: tuple[bool, ...] = (False,)
     layers: int | None = None
     reach: int | None = None
     cascaded: bool = False
@@ -63,4 +65,5 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "fcos": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_FCOS}, _ONE_ANCHOR, grouped=True, reach=FCOS_REACH),
     "cascade_rcnn": Traits(True, ("pool",), _CASCADE, {"anchor_octaves": 1}, cascaded=True),
     "gfl": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_GFL}, _ONE_ANCHOR, grouped=True, distributions=True),
+    "mask_rcnn": Traits(True, ("pool",), {"mask_depth": 4}, {"anchor_octaves": 1}, masks=(True,)),
 }

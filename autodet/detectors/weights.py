@@ -38,6 +38,7 @@ OLD_NAMES: Final = (
         (re.compile(rf"\b(classification|regression)_head\.conv\.{2 * i}\.(weight|bias)$"), rf"\1_head.conv.{i}.0.\2")
         for i in range(4)
     ),
+    *((re.compile(rf"\bmask_head\.mask_fcn{i + 1}\.(weight|bias)$"), rf"mask_head.{i}.0.\1") for i in range(8)),
 )
 FCOS_MARK: Final = "bbox_ctrness"  # a head that has it is numbered as RetinaNet's was before, and still is
 

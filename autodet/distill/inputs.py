@@ -19,7 +19,7 @@ from torchvision.ops import roi_align
 
 from autodet.detectors import DetectorSpec
 from autodet.distill.outputs import DetectorOutput, RegionOutput, Size
-from autodet.distill.values import BOXES, MAP, VECTOR, Kind, Value, map_value, region_weights, vector_value
+from autodet.distill.values import BOXES, MAP, PLANE, VECTOR, Kind, Value, map_value, region_weights, vector_value
 
 Pairs = list[tuple[Value, Value]]  # (student's, teacher's) of equal shapes, one a level, finest first
 INSTANCE_SIZE = 4  # bins of an instance in each direction [ours]
@@ -129,13 +129,24 @@ def region_boxes(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
     """Boxes of the second stages on the teacher's proposals, of the class that the teacher finds likeliest, R×4 in
     units of the proposal from its centre. Rows weigh as the teacher's probability that there is an object."""
     ours, theirs = _regions(student), _regions(teacher)
-    chances = theirs.class_logits.detach().float().softmax(1)
-    label = chances[:, 1:].argmax(1) + 1
-    counts = [len(boxes) for boxes in theirs.proposals]
-    weights = [part / part.sum().clamp_min(1e-6) / len(counts) for part in torch.split(1 - chances[:, 0], counts)]
+    label, weights = theirs.likeliest(), _object_weights(theirs)
     rows = torch.arange(len(label), device=label.device)
-    values = [Value(side.corners[rows, label].float(), BOXES, None, torch.cat(weights)) for side in (ours, theirs)]
+    values = [Value(side.corners[rows, label].float(), BOXES, None, weights) for side in (ours, theirs)]
     return [(values[0], values[1])]
+
+
+def region_masks(student: DetectorOutput, teacher: DetectorOutput) -> Pairs:
+    """Mask logits on the teacher's proposals, of the class that the teacher finds likeliest, R×1×M×M with the student's
+    M.
+
+    Rows weigh as the teacher's probability that there is an object: a mask branch learns nothing about background. Each
+    pixel is a yes or no of its own, which ``bernoulli`` says [ours].
+    """
+    ours, theirs = _masks(student), _masks(teacher)
+    if theirs.shape != ours.shape:
+        theirs = F.interpolate(theirs, ours.shape[2:], mode="bilinear", align_corners=False)
+    weights = _object_weights(_regions(teacher))
+    return [(Value(ours, PLANE, None, weights), Value(theirs, PLANE, None, weights))]
 
 
 def foreground_masks(boxes: Sequence[Tensor], canvas: Size, size: Size) -> Tensor:
@@ -279,6 +290,21 @@ def _regions(output: DetectorOutput) -> RegionOutput:
     return output.regions
 
 
+def _object_weights(teacher: RegionOutput) -> Tensor:
+    """Per region the teacher's probability that there is an object, as the weights of an image's rows."""
+    counts = [len(boxes) for boxes in teacher.proposals]
+    objects = 1 - teacher.class_logits.detach().float().softmax(1)[:, 0]
+    parts = [part / part.sum().clamp_min(1e-6) / len(counts) for part in torch.split(objects, counts)]
+    return torch.cat(parts)
+
+
+def _masks(output: DetectorOutput) -> Tensor:
+    masks = _regions(output).masks
+    if masks is None:
+        raise ValueError("This knowledge input needs the mask branch of both detectors on the same proposals.")
+    return masks.float().unsqueeze(1)
+
+
 # Why a pair of detectors has nothing to compare. ---
 
 
@@ -322,6 +348,14 @@ def no_second_stage(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
     return "student and teacher have different labels" if student.labels != teacher.labels else None
 
 
+def no_masks(student: DetectorSpec, teacher: DetectorSpec) -> str | None:
+    """Masks need a mask branch in both, and the same classes."""
+    for role, spec in (("student", student), ("teacher", teacher)):
+        if not spec.masks:
+            return f"the {role}, a {spec.family}, has no mask branch"
+    return "student and teacher have different labels" if student.labels != teacher.labels else None
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """A knowledge input. pairs: its values; refusal: why a pair of specs has none, None where it has; family: which
@@ -330,7 +364,7 @@ class InputSpec:
 
     kind: Kind
     family: Literal["features", "responses"]
-    part: Literal["features", "dense", "regions"]
+    part: Literal["features", "dense", "regions", "masks"]
     pairs: Callable[[DetectorOutput, DetectorOutput], Pairs]
     refusal: Callable[[DetectorSpec, DetectorSpec], str | None]
 
@@ -342,6 +376,7 @@ INPUTS: dict[str, InputSpec] = {
     "instance": InputSpec(MAP, "features", "features", instances, no_shared_level),
     "logits.dense": InputSpec(MAP, "responses", "dense", dense_logits, other_classes),
     "logits.roi": InputSpec(VECTOR, "responses", "regions", region_logits, no_second_stage),
+    "logits.mask": InputSpec(PLANE, "responses", "masks", region_masks, no_masks),
     "localization.dense": InputSpec(BOXES, "responses", "dense", dense_boxes, other_locations),
     "localization.sides": InputSpec(VECTOR, "responses", "dense", side_distributions, no_distributions),
     "localization.roi": InputSpec(BOXES, "responses", "regions", region_boxes, no_second_stage),

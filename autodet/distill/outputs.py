@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from autodet.data import Batch
-from autodet.detectors import Dense, Detector, DetectorSpec, Features, Inputs, TwoStage
+from autodet.detectors import Dense, Detector, DetectorSpec, Features, Inputs, Masked, TwoStage
 
-PARTS: Final = ("features", "dense", "regions")  # what an input may need of a detector, in the order of the steps
+PARTS: Final = ("features", "dense", "regions", "masks")  # what an input may need of a detector, in the steps' order
 Size = tuple[int, int]  # height, width
 
 
@@ -21,12 +21,18 @@ class RegionOutput:
     """The second stage on shared proposals, R in all images together; label 0 is background.
 
     proposals: per image R_i×4 xyxy in the batch's pixels; class_logits: R×(K+1); corners: the boxes R×(K+1)×4 xyxy in
-    units of the proposal from its centre.
+    units of the proposal from its centre; masks: logits R×M×M over the proposals, of the class that the teacher finds
+    likeliest, None where not asked for.
     """
 
     proposals: list[Tensor]
     class_logits: Tensor
     corners: Tensor
+    masks: Tensor | None = None
+
+    def likeliest(self) -> Tensor:
+        """The class (1..K) that each region is likeliest of, R; no background."""
+        return self.class_logits.detach()[:, 1:].argmax(1) + 1
 
 
 @dataclass
@@ -58,9 +64,11 @@ def output_of(
     features: Features,
     dense: Dense | None,
     proposals: Sequence[Tensor] | None = None,
+    masks_of: Tensor | Literal["likeliest"] | None = None,
 ) -> DetectorOutput:
     """The answer from the steps' values. dense: None where nothing beyond features is compared; proposals: the boxes,
-    in the batch's pixels, that the second stage is asked about; None asks it nothing."""
+    in the batch's pixels, that the second stage is asked about; None asks it nothing. masks_of: the classes (R, 1..K)
+    whose masks on the proposals are asked for, or those that it finds likeliest itself; None asks for none."""
     device = inputs.images.tensors.device
     canvas = (int(inputs.images.tensors.shape[-2]), int(inputs.images.tensors.shape[-1]))
     truth = [target["boxes"].to(device) for target in batch.targets]
@@ -76,7 +84,23 @@ def output_of(
         own = resized_boxes(proposals, inputs.sizes, inputs.images.image_sizes)
         regions = detector.regions(inputs, features, own)
         output.regions = RegionOutput(list(proposals), regions.class_logits, detector.region_corners(regions))
+        if masks_of is not None:
+            assert isinstance(detector, Masked)
+            labels = output.regions.likeliest() if isinstance(masks_of, str) else masks_of
+            masks = detector.region_masks(inputs, features, own)
+            output.regions.masks = masks[torch.arange(len(masks), device=masks.device), labels]
     return output
+
+
+def answer_to(
+    taught: DetectorOutput, student: Detector, batch: Batch, inputs: Inputs, features: Features, dense: Dense
+) -> DetectorOutput:
+    """A student's side of a comparison, as far as the teacher was asked, and about the teacher's regions."""
+    regions = taught.regions
+    proposals = None if regions is None else regions.proposals
+    masks_of = None if regions is None or regions.masks is None else regions.likeliest()
+    dense_step = None if taught.logits is None else dense
+    return output_of(student, batch, inputs, features, dense_step, proposals, masks_of)
 
 
 def cell_corners(dense: Dense, boxes: Tensor) -> dict[int, Tensor]:

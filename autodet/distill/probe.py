@@ -84,8 +84,11 @@ def _gradient_reason(loss: Tensor, student: DetectorOutput) -> str | None:
 
 def _tensors(output: DetectorOutput) -> list[Tensor]:
     """All that a loss may depend on."""
-    regions = [output.regions.class_logits, output.regions.corners] if output.regions else []
-    return [level for levels in _levels(output) for level in levels.values()] + regions
+    found = [level for levels in _levels(output) for level in levels.values()]
+    if output.regions is not None:
+        found += [output.regions.class_logits, output.regions.corners]
+        found += [] if output.regions.masks is None else [output.regions.masks]
+    return found
 
 
 def _levels(output: DetectorOutput) -> list[dict[int, Tensor]]:
@@ -101,6 +104,8 @@ def _leaves(output: DetectorOutput) -> DetectorOutput:
     features, logits, corners, sides = ({s: leaf(level) for s, level in levels.items()} for levels in _levels(output))
     regions = output.regions
     if regions is not None:
-        regions = replace(regions, class_logits=leaf(regions.class_logits), corners=leaf(regions.corners))
+        masks = None if regions.masks is None else leaf(regions.masks)
+        class_logits, boxes = leaf(regions.class_logits), leaf(regions.corners)
+        regions = replace(regions, class_logits=class_logits, corners=boxes, masks=masks)
     output = replace(output, features=features, regions=regions)
     return replace(output, logits=logits or None, corners=corners or None, sides=sides or None)

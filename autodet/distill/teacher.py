@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import safetensors
 import safetensors.torch
@@ -16,24 +17,28 @@ from torch import Tensor
 
 from autodet.atomic import atomic_write_bytes
 from autodet.data import Batch
-from autodet.detectors import Dense, Detector, Features, Inputs, TwoStage
+from autodet.detectors import Dense, Detector, DetectorSpec, Features, Inputs, TwoStage
 from autodet.detectors.weights import weights_hash
 from autodet.distill.inputs import parts_of
 from autodet.distill.outputs import PARTS, DetectorOutput, RegionOutput, output_of, resized_boxes
 
 FORMAT = 3  # of the stored answers
+REGIONS = ("proposals", "class_logits", "region_corners")
 GROUPS = {  # names in a stored answer, by the part that they belong to
     "features": ("features",),
     "dense": ("logits", "corners", "sides"),
-    "regions": ("proposals", "class_logits", "region_corners"),
+    "regions": REGIONS,
+    "masks": (*REGIONS, "masks"),
 }
+ON_REGIONS = frozenset({"regions", "masks"})  # parts that need proposals
 PROPOSALS = 64  # the teacher's best proposals per image on which both box heads are compared [ours]
 
 
 class Teacher:
     """A frozen detector that answers for batches.
 
-    inputs: knowledge inputs that will be asked for; no step is run that none needs (``InputSpec.part``).
+    inputs: knowledge inputs that will be asked for; no step is run that none needs (``InputSpec.part``), or that the
+    detector does not have.
     directory: keeps answers in 16 bits under a key of the teacher's weights, the batch and the image content; use it
     with a loader whose batches recur (``BatchPlan(fixed=True)``), otherwise it only fills the disk.
     """
@@ -57,12 +62,11 @@ class Teacher:
     def __call__(self, batch: Batch) -> DetectorOutput:
         """The teacher's outputs on a batch, without gradient, on its device; proposals in the batch's pixels."""
         if self.directory is None:
-            return self._compute(batch, parts_of(self.inputs))
+            return self._compute(batch, self._parts())
         path = self.directory / f"{self._key(batch)}.safetensors"
         if not path.exists():
             # All inputs at once: formulas differ in what they need, and the next one finds the file.
-            everything = PARTS if self.detector.spec.two_stage else PARTS[:2]
-            answer = self._compute(batch, frozenset(everything))
+            answer = self._compute(batch, parts_of_detector(self.detector.spec))
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_bytes(path, safetensors.torch.save(_pack(answer)))
         return self._unpack(path, batch)
@@ -80,7 +84,7 @@ class Teacher:
 
     def _unpack(self, path: Path, batch: Batch) -> DetectorOutput:
         """Only the tensors that are needed are read from the file; the ground truth is the batch's."""
-        parts = parts_of(self.inputs)
+        parts = self._parts()
         device = next(self.detector.model.parameters()).device
         tensors = _read(path, device, parts)
         canvas, *sizes = [(int(height), int(width)) for height, width in tensors["frame"]]
@@ -90,13 +94,23 @@ class Teacher:
         if "dense" in parts:
             output.logits, output.corners = _levels(tensors, "logits"), _levels(tensors, "corners")
             output.sides = _levels(tensors, "sides") or None
-        if "regions" in parts:
+        if parts & ON_REGIONS:
             proposals = [tensors[name] for name in sorted(tensors) if name.startswith("proposals/")]
-            output.regions = RegionOutput(proposals, tensors["class_logits"], tensors["region_corners"])
+            found = tensors["class_logits"], tensors["region_corners"], tensors.get("masks")
+            output.regions = RegionOutput(proposals, *found)
         return output
+
+    def _parts(self) -> frozenset[str]:
+        return parts_of(self.inputs) & parts_of_detector(self.detector.spec)
 
     def _key(self, batch: Batch) -> str:
         return hashlib.sha256(json.dumps([*self._identity, str(batch.key)]).encode()).hexdigest()[:32]
+
+
+def parts_of_detector(spec: DetectorSpec) -> frozenset[str]:
+    """All that a detector can answer with, of ``outputs.PARTS``."""
+    has = {"regions": spec.two_stage, "masks": spec.masks}
+    return frozenset(part for part in PARTS if has.get(part, True))
 
 
 def answer_of(
@@ -104,16 +118,17 @@ def answer_of(
 ) -> DetectorOutput:
     """A teacher's answer from its steps' values: the ``outputs.PARTS`` asked for, regions on its best proposals."""
     proposals = None
-    if dense is not None and "regions" in parts:
+    if dense is not None and parts & ON_REGIONS:
         assert isinstance(detector, TwoStage)
         best = [boxes[:PROPOSALS] for boxes in detector.proposals(inputs, dense)]
         proposals = resized_boxes(best, inputs.images.image_sizes, inputs.sizes)  # a student may see another size
-    answer = output_of(detector, batch, inputs, features, dense if "dense" in parts else None, proposals)
+    masks_of: Literal["likeliest"] | None = "likeliest" if "masks" in parts else None
+    answer = output_of(detector, batch, inputs, features, dense if "dense" in parts else None, proposals, masks_of)
     return answer if "features" in parts else replace(answer, features={})
 
 
 def _pack(answer: DetectorOutput) -> dict[str, Tensor]:
-    """Maps in half precision, boxes and the few class logits in full."""
+    """Maps and masks in half precision, boxes and the few class logits in full."""
     tensors = {"frame": torch.tensor([answer.canvas, *answer.sizes])}
     maps = {"features": answer.features, "logits": answer.logits, "corners": answer.corners, "sides": answer.sides}
     for group, levels in maps.items():
@@ -121,6 +136,7 @@ def _pack(answer: DetectorOutput) -> dict[str, Tensor]:
     if answer.regions is not None:
         tensors |= {f"proposals/{i:04d}": boxes for i, boxes in enumerate(answer.regions.proposals)}
         tensors |= {"class_logits": answer.regions.class_logits, "region_corners": answer.regions.corners}
+        tensors |= {} if answer.regions.masks is None else {"masks": _half(answer.regions.masks)}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -137,4 +153,4 @@ def _levels(tensors: dict[str, Tensor], group: str) -> dict[int, Tensor]:
 
 def _half(level: Tensor) -> Tensor:
     # float16 keeps 3 more bits than bfloat16; a value beyond its range keeps full precision instead of becoming inf.
-    return level.half() if level.abs().max() < torch.finfo(torch.float16).max else level
+    return level.half() if not level.numel() or level.abs().max() < torch.finfo(torch.float16).max else level

@@ -1,4 +1,4 @@
-"""How good and how expensive a detector is: COCO AP, latency, multiply-adds, parameters."""
+"""How good and how expensive a detector is: COCO AP of boxes and masks, latency, multiply-adds, parameters."""
 
 from autodet.evaluation.coco_ap import (
     Detection,
@@ -19,6 +19,7 @@ from autodet.evaluation.cost import (
     measure_latency,
     measure_latency_ratio,
 )
+from autodet.evaluation.masks import binary_masks, encoded_masks
 from autodet.evaluation.quiet import Quiet
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "Latency",
     "LatencyRatio",
     "Quiet",
+    "binary_masks",
     "cost_of",
     "count_macs",
     "count_params",
     "device_name",
+    "encoded_masks",
     "evaluate",
     "evaluate_detections",
     "measure_latencies_interleaved",

@@ -1,4 +1,4 @@
-"""The twelve numbers of the COCO evaluation, by pycocotools, quiet and with its traps closed.
+"""The numbers of the COCO evaluation, of boxes and of masks, by pycocotools, quiet and with its traps closed.
 
 Detections are given in pixels of the original images. What pycocotools would pass over in silence is an error here: NaN
 scores or boxes, unknown images and categories, an image twice. Annotation ids are renumbered, because an annotation
@@ -16,12 +16,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pycocotools.mask import area as mask_area
 from torch import Tensor
 
 from autodet.data import Batch, CocoDataset, Loader
+from autodet.evaluation.masks import encoded_masks
 from autodet.records import METRIC_NAMES, Metrics
 
 IouType = Literal["bbox", "segm"]
@@ -79,18 +81,23 @@ def evaluate(
     label_to_category: Mapping[int, int],
     batch_size: int = 8,
 ) -> Metrics:
-    """COCO metrics of a detector on a data set.
+    """COCO metrics of a detector on a data set; of masks too where detector and data have them.
 
-    detect: batch → for each image ``boxes`` N×4 xyxy in pixels of the batch's image, ``scores`` N, ``labels`` N. It
-    puts the detector into evaluation mode and moves images to its device. loader: of ``dataset``.
-    label_to_category: label → category id; detections with other labels are dropped, since the data has no such class.
+    detect: batch → for each image ``boxes`` N×4 xyxy in pixels of the batch's image, ``scores`` N, ``labels`` N, and
+    ``masks`` N×1×H×W in 0–1 at the size of the batch's image, where it gives any. It puts the detector into evaluation
+    mode and moves images to its device. loader: of ``dataset``. label_to_category: label → category id; detections with
+    other labels are dropped, since the data has no such class.
     """
-    found = []
+    found, truth = [], dataset.coco_dict()
+    with_masks = all("segmentation" in annotation for annotation in truth["annotations"])
     for batch in loader.eval_batches(batch_size):
         outputs = detect(batch)
         for output, image, target in zip(outputs, batch.images, batch.targets, strict=True):
-            found.append(_detection(output, image, target, label_to_category))
-    return evaluate_detections(dataset.coco_dict(), found)
+            found.append(_detection(output, image, target, label_to_category, with_masks))
+    metrics = evaluate_detections(truth, found)
+    if not found or any(detection.masks is None for detection in found):
+        return metrics
+    return metrics.with_masks(evaluate_detections(truth, found, "segm"))
 
 
 def to_original(boxes: Tensor, resized_hw: tuple[int, int], original_hw: tuple[int, int]) -> Tensor:
@@ -100,7 +107,11 @@ def to_original(boxes: Tensor, resized_hw: tuple[int, int], original_hw: tuple[i
 
 
 def _detection(
-    output: Mapping[str, Tensor], image: Tensor, target: Mapping[str, Tensor], label_to_category: Mapping[int, int]
+    output: Mapping[str, Tensor],
+    image: Tensor,
+    target: Mapping[str, Tensor],
+    label_to_category: Mapping[int, int],
+    with_masks: bool,
 ) -> Detection:
     resized = (int(image.shape[-2]), int(image.shape[-1]))
     height, width = (int(size) for size in target["orig_size"])
@@ -109,7 +120,10 @@ def _detection(
     known = np.array([label in label_to_category for label in labels], dtype=bool)
     categories = np.array([label_to_category[label] for label in labels if label in label_to_category], dtype=np.int64)
     scores = output["scores"].detach().double().cpu().numpy()
-    return Detection(int(target["image_id"]), boxes[known], scores[known], categories)
+    masks = None
+    if with_masks and "masks" in output:  # encoded here, image by image: a split's in full would not fit a memory
+        masks = encoded_masks(output["masks"][torch.from_numpy(known)], (height, width))
+    return Detection(int(target["image_id"]), boxes[known], scores[known], categories, masks)
 
 
 def _run(truth: Mapping[str, Any], detections: Sequence[Detection], iou_type: IouType) -> Any:

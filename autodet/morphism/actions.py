@@ -61,8 +61,8 @@ Draw = Callable[[DetectorSpec, random.Random, Steps], Iterable[int | None]]
 
 
 class Kind(NamedTuple):
-    """An action's function, the names of its values, how these are drawn, whether detections stay the same, and how
-    often it is drawn beside the others.
+    """An action's function, the names of its values, how these are drawn, whether detections stay the same, how often
+    it is drawn beside the others, and whether it is one of detectors with masks alone.
     """
 
     apply: Callable[..., Morph]
@@ -70,6 +70,7 @@ class Kind(NamedTuple):
     draw: Draw
     exact: bool = False
     often: int = 1
+    masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ def draw_action(spec: DetectorSpec, rng: random.Random, steps: Steps, names: Seq
 
     Kinds are drawn as often as they say, then their values. Whether the detector can undergo it, ``derive`` says.
     """
-    for _ in range(TRIES):
-        (name,) = rng.choices(list(names), [ACTIONS[name].often for name in names])
+    names = [name for name in names if spec.masks or not ACTIONS[name].masks]
+    for _ in range(TRIES if names else 0):
+        (name,) = rng.choices(names, [ACTIONS[name].often for name in names])
         values = tuple(ACTIONS[name].draw(spec, rng, steps))
         if None not in values:
             return Action(name, tuple(int(value) for value in values if value is not None))
@@ -215,6 +217,10 @@ def _head(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int 
     return (steps.narrower(spec.head_width, rng) if spec.two_stage else None,)
 
 
+def _mask_head(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int | None]:
+    return (steps.narrower(spec.mask_width, rng) if spec.masks else None,)
+
+
 def _size(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int | None]:
     others = _beside(spec.min_size, steps.sizes)
     return (rng.choice(others) if others else None,)
@@ -243,13 +249,22 @@ ACTIONS: dict[str, Kind] = {
     "prune_stage": Kind(pruning.prune_stage, ("stage", "width"), _width),
     "prune_neck": Kind(pruning.prune_neck, ("width",), _neck),
     "prune_head": Kind(pruning.prune_head, ("width",), _head),
+    "prune_mask_head": Kind(pruning.prune_mask_head, ("width",), _mask_head, masks=True),
     "remove_head_layer": Kind(blocks.remove_head_layer, (), _head_layer),
     # The image's size trades the most of a detector's accuracy and time.
     "resize": Kind(settings.resize, ("pixels",), _size, often=3),
     "keep_proposals": Kind(settings.keep_proposals, ("count",), _proposals, exact=True),
 }
 ALL = tuple(ACTIONS)
-PRUNING = ("remove_block", "prune_inner", "prune_stage", "prune_neck", "prune_head", "remove_head_layer")
+PRUNING = (
+    "remove_block",
+    "prune_inner",
+    "prune_stage",
+    "prune_neck",
+    "prune_head",
+    "prune_mask_head",
+    "remove_head_layer",
+)
 SETTINGS = ("resize", "keep_proposals")  # which anyone could change on a detector
 TRIMMING = (*PRUNING, *SETTINGS)  # with steps below a detector's: all that makes it cheaper
 STRUCTURE = ("add_block", "remove_block", "move_boundary", "widen_inner", "widen_stage", *SETTINGS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autodet.detectors import DetectorSpec
 from autodet.detectors.channels import BODY, channel_groups, norm_after, producers
-from autodet.detectors.dims import Dim, size_of
+from autodet.detectors.dims import Groups, made_axis, size_of
 
 
 def channel_importance(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def channel_importance(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[
     """
     groups = channel_groups(spec)
     return {
-        group: torch.stack([_filter_sizes(state, name, groups[name][0], spec.norm_eps) for name in weights]).sum(0)
+        group: torch.stack([_filter_sizes(state, name, groups[name], spec.norm_eps) for name in weights]).sum(0)
         for group, weights in producers(groups).items()
     }
 
@@ -46,8 +46,9 @@ def block_importance(state: Mapping[str, Tensor], spec: DetectorSpec) -> dict[tu
     }
 
 
-def _filter_sizes(state: Mapping[str, Tensor], name: str, outputs: Dim, eps: float) -> Tensor:
-    sizes, norm = state[name].abs().flatten(1).sum(1), norm_after(name)
+def _filter_sizes(state: Mapping[str, Tensor], name: str, groups: Groups, eps: float) -> Tensor:
+    axis = made_axis(groups)
+    outputs, sizes, norm = groups[axis], state[name].abs().transpose(0, axis).flatten(1).sum(1), norm_after(name)
     if norm is not None:
         sizes = sizes * state[f"{norm}.weight"].abs() / (state[f"{norm}.running_var"] + eps).sqrt()
     return sizes.view(-1, 1 if outputs is None else size_of(outputs)).sum(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autodet.detectors import DetectorSpec, build
 from autodet.detectors.channels import channel_groups, select
-from autodet.detectors.dims import Groups, group_of, size_of
+from autodet.detectors.dims import Groups, group_of, made_axis, size_of
 
 Weights = Mapping[str, Tensor]  # by the names of a detector's state dict
 
@@ -66,12 +66,15 @@ class Morph:
 
     def _shared(self, value: Tensor, dims: Groups) -> Tensor:
         """Divide what reads copied channels by the number of their copies."""
-        read = dims[1] if len(dims) > 1 else None
+        axis = 1 - made_axis(dims)
+        read = dims[axis] if len(dims) > 1 else None
         if read is None or group_of(read) not in self.picks:
             return value
         picks = self.picks[group_of(read)]
         copies = torch.bincount(picks)[picks].repeat_interleave(size_of(read))
-        return value / copies.to(value).view(1, -1, *(1,) * (value.dim() - 2))
+        shape = [1] * value.dim()
+        shape[axis] = -1
+        return value / copies.to(value).view(shape)
 
 
 def _skeleton(spec: DetectorSpec) -> nn.Module:

@@ -48,6 +48,14 @@ def prune_head(spec: DetectorSpec, weights: Weights, rng: random.Random, width: 
     return _pruned(spec, replace(spec, head_width=width), weights)
 
 
+def prune_mask_head(spec: DetectorSpec, weights: Weights, rng: random.Random, width: int) -> Morph:
+    """Fewer channels of the layers that give a region its mask."""
+    if not spec.masks:
+        raise MorphError(f"A {spec.family} without a mask branch has no mask head.")
+    _check_smaller("the mask head's width", spec.mask_width, width)
+    return _pruned(spec, replace(spec, mask_width=width), weights)
+
+
 def with_inner(spec: DetectorSpec, stage: int, block: int, width: int) -> tuple[DetectorSpec, list[str]]:
     """The spec with another inner width of a block, and the groups of channels that it is the width of."""
     if spec.body.groups > 1:

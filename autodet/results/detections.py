@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -16,6 +17,7 @@ from matplotlib.patches import Rectangle
 from autodet.results.plots import DPI
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+TINT = 0.45  # of a mask's colour in the picture
 PANEL_INCHES = 3.3
 FONT_POINTS = 6.5
 GLYPH = (0.62, 1.35)  # width of a character and height of a line in units of the font's size
@@ -27,7 +29,8 @@ Boxes = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 class Panel:
     """One image with what one detector (or the ground truth) sees in it.
 
-    image: H×W×3 uint8; boxes: N×4 xyxy in its pixels; labels: N whole numbers; scores: N in 0–1, None for ground truth.
+    image: H×W×3 uint8; boxes: N×4 xyxy in its pixels; labels: N whole numbers; scores: N in 0–1, None for ground truth;
+    masks: N×H×W, True inside the object, None where there are none.
     """
 
     title: str
@@ -35,13 +38,14 @@ class Panel:
     boxes: Boxes
     labels: npt.NDArray[np.int64]
     scores: Boxes | None = None
+    masks: npt.NDArray[np.bool_] | None = None
 
 
 def draw_detections(rows: Sequence[Sequence[Panel]], names: Mapping[int, str]) -> Figure:
     """A row an image, a column a detector (all rows alike, the first row's titles on top).
 
-    names: label → name. A box's colour tells its class (legend below) and its tag the score; with more classes than
-    colours the tag also tells the class. A tag that would cover another one is left out.
+    names: label → name. The colour of a box and its mask tells its class (legend below) and its tag the score; with
+    more classes than colours the tag also tells the class. A tag that would cover another one is left out.
     """
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(
@@ -87,9 +91,25 @@ def place_tags(boxes: Boxes, sizes: Boxes, width: float, height: float) -> list[
     return corners
 
 
+def tinted(panel: Panel, order: Mapping[int, int]) -> npt.NDArray[np.uint8]:
+    """The panel's image, H×W×3, with every mask blended in by the colour of its class; the surest objects last.
+
+    order: label → its class's place among the colours.
+    """
+    if panel.masks is None or not len(panel.masks):
+        return panel.image
+    pixels = panel.image.copy()
+    ranks = range(len(panel.masks)) if panel.scores is None else np.argsort(panel.scores, kind="stable")
+    for i in ranks:
+        inside = panel.masks[i]
+        colour = np.array(to_rgb(_colour(order[int(panel.labels[i])])), dtype=np.float32) * 255
+        pixels[inside] = ((1 - TINT) * panel.image[inside] + TINT * colour).round()
+    return pixels
+
+
 def _draw_panel(axes: Axes, panel: Panel, names: Mapping[int, str], order: Mapping[int, int]) -> None:
     height, width = panel.image.shape[:2]
-    axes.imshow(panel.image)
+    axes.imshow(tinted(panel, order))
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.set_axis_off()

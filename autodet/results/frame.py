@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from autodet.ledger import Ledger, LedgerError, is_run
-from autodet.records import METRIC_NAMES, Event, Record, records_from
+from autodet.records import MASK_METRIC_NAMES, METRIC_NAMES, Event, Record, records_from
 from autodet.results.intervals import mean_interval
 
 TEXT, WHOLE, REAL, TIME = "string", "int64", "float64", "time"
@@ -34,6 +34,7 @@ COLUMNS: dict[str, str] = {
     "rejected": WHOLE,
     "parents": TEXT,
 }
+MASK_COLUMNS = dict.fromkeys(MASK_METRIC_NAMES, REAL)  # after those, of a run whose detectors give masks
 EVENT_COLUMNS = {
     "number": WHOLE,
     "kind": TEXT,
@@ -72,8 +73,9 @@ def read_records(path: Path | str) -> list[Record]:
 def read_run(path: Path | str) -> pd.DataFrame:
     """One row per candidate of the run at `path`; also of a running, killed or empty run.
 
-    Columns: `COLUMNS`, typed, then plain values of the candidates' `extra` as `extra.NAME`. AP and AR are 0–1, NaN
-    where unknown; seconds of training; asked_at and told_at in UTC. Raises LedgerError for a damaged or absent run.
+    Columns: `COLUMNS`, typed, then `MASK_COLUMNS` where masks were measured and plain values of the candidates' `extra`
+    as `extra.NAME`. AP and AR are 0–1, NaN where unknown; seconds of training; asked_at and told_at in UTC. Raises
+    LedgerError for a damaged or absent run.
     """
     return frame_of(read_records(path))
 
@@ -95,7 +97,8 @@ def _event_row(event: Event) -> dict[str, Any]:
 
 def _typed(rows: list[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:
     names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
-    return pd.DataFrame({name: _column([row.get(name) for row in rows], columns.get(name)) for name in names})
+    types = MASK_COLUMNS | columns
+    return pd.DataFrame({name: _column([row.get(name) for row in rows], types.get(name)) for name in names})
 
 
 def _column(values: list[Any], kind: Any) -> pd.Series[Any]:
@@ -118,7 +121,8 @@ def leaderboard(frame: pd.DataFrame, limit: int | None = None) -> pd.DataFrame:
     """Formulas by the mean AP of their completed runs.
 
     Columns: formula, inherit, ap (mean), low, high (95 % t-interval over runs, NaN for one run), runs, phase (of the
-    first run), first (its number). A formula with one run owes part of its place to luck.
+    first run), first (its number); where masks were measured, mask_ap (mean). A formula with one run owes part of its
+    place to luck.
     """
     rows = frame[frame["status"] == "completed"]
     table = []
@@ -126,10 +130,15 @@ def leaderboard(frame: pd.DataFrame, limit: int | None = None) -> pd.DataFrame:
         mean, low, high = mean_interval(arm["ap"].tolist())
         first = arm.iloc[int(arm["id"].argmin())]
         values = (formula, bool(inherit), mean, low, high, len(arm), first["phase"], int(first["id"]))
-        table.append(values)
-    columns = ["formula", "inherit", "ap", "low", "high", "runs", "phase", "first"]
+        table.append((*values, *(float(arm[name].mean()) for name in mask_columns(frame))))
+    columns = ["formula", "inherit", "ap", "low", "high", "runs", "phase", "first", *mask_columns(frame)]
     ranked = pd.DataFrame(table, columns=columns).sort_values(["ap", "first"], ascending=[False, True])
     return ranked.head(len(ranked) if limit is None else limit).reset_index(drop=True)
+
+
+def mask_columns(frame: pd.DataFrame) -> list[str]:
+    """The column with the AP of masks, where a frame has one."""
+    return [name for name in ("mask_ap",) if name in frame]
 
 
 def found_arm(frame: pd.DataFrame) -> pd.Series[Any] | None:
@@ -151,7 +160,8 @@ def paired_differences(frame: pd.DataFrame, baseline: str, value: str = "ap") ->
 
     An arm is a `group` of the completed candidates in phase `compare` (of all candidates where there is no such phase).
     Columns: arm, runs, mean of `value`, pairs, difference (mean over pairs), low, high (95 % t-interval, NaN for one
-    pair). Runs of an arm with the same seed are averaged. Raises ValueError when the baseline has no completed run.
+    pair), and mask_ap (mean) where masks were measured. Runs of an arm with the same seed are averaged. Raises
+    ValueError when the baseline has no completed run.
     """
     compared = frame[frame["phase"] == "compare"] if (frame["phase"] == "compare").any() else frame
     rows = compared[(compared["status"] == "completed") & compared[value].notna()]
@@ -165,8 +175,9 @@ def paired_differences(frame: pd.DataFrame, baseline: str, value: str = "ap") ->
     for name, by_seed in arms.items():
         differences = (by_seed - arms[baseline]).dropna()
         middle, low, high = mean_interval(differences.tolist())
-        table.append((name, len(by_seed), float(by_seed.mean()), len(differences), middle, low, high))
-    columns = ["arm", "runs", "mean", "pairs", "difference", "low", "high"]
+        masks = (float(rows.loc[rows["group"] == name, column].mean()) for column in mask_columns(frame))
+        table.append((name, len(by_seed), float(by_seed.mean()), len(differences), middle, low, high, *masks))
+    columns = ["arm", "runs", "mean", "pairs", "difference", "low", "high", *mask_columns(frame)]
     result = pd.DataFrame(table, columns=columns).sort_values("difference", ascending=False, kind="stable")
     result.loc[result["arm"] == baseline, ["low", "high"]] = float("nan")  # a difference to itself is no estimate
     return result.reset_index(drop=True)

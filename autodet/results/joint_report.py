@@ -36,7 +36,7 @@ from autodet.results.lineage import (
 )
 from autodet.results.page import Number, points, signed_points
 from autodet.results.plots import to_png
-from autodet.results.report import FAILURE_ROWS, failed_candidates, repeat, settings, state, title_of
+from autodet.results.report import FAILURE_ROWS, MASK_AP, failed_candidates, repeat, settings, state, title_of
 
 DASH = "–"
 SAME = "as above"
@@ -136,6 +136,7 @@ def _titled(name: str, record: Record) -> str:
     """`derived: AP 41.3, ratio 0.27`, as far as known."""
     ratio = cost_of(record)
     known = [] if record.ap is None else [f"AP {points(record.ap)}"]
+    known += [] if record.mask_ap is None else [f"masks {points(record.mask_ap)}"]
     known += [] if ratio is None else [f"ratio {ratio:.2f}"]
     return f"{name}: {', '.join(known)}" if known else name
 
@@ -194,14 +195,18 @@ def _steps(records: Sequence[Record], derived: int | None) -> str:
     """The lineage as a table, in which the formula stands where it changes."""
     rows: list[tuple[object, ...]] = []
     before: Record | None = None
-    for record in [] if derived is None else lineage(records, derived):
+    path = [] if derived is None else lineage(records, derived)
+    has_masks = any(record.mask_ap is not None for record in path)
+    for record in path:
         ratio, gain = cost_of(record), gain_of(record, before)
-        numbers = (points(record.ap), signed_points(gain), Number(DASH if ratio is None else f"{ratio:.2f}"))
+        masks = [points(record.mask_ap)] if has_masks else []
+        numbers = (points(record.ap), *masks, signed_points(gain), Number(DASH if ratio is None else f"{ratio:.2f}"))
         formula = SAME if before is not None and record.formula == before.formula else record.formula
         epochs = (record.student or {}).get("epochs", DASH)
         rows.append((record.id, actions_of(record), *numbers, epochs, teacher_of(record), formula))
         before = record
-    columns = ("candidate", "actions", "AP", "gain", "ratio", "epochs", "teacher", "formula")
+    heading = [MASK_AP] if has_masks else []
+    columns = ("candidate", "actions", "AP", *heading, "gain", "ratio", "epochs", "teacher", "formula")
     return page.table(columns, rows, code=["actions", "teacher", "formula"])
 
 

@@ -122,18 +122,20 @@ def joint_frame(records: Sequence[Record], cost: str = COST) -> pd.DataFrame:
 
     gain: AP minus the parent's. latency_ratio, macs_g (10⁹) and so on: see `records.RelativeCost`. epochs: of the whole
     lineage; seconds: of this candidate's training. pixels: shorter side of the images; proposals: at evaluation, of
-    two-stage detectors. on_front: by ``cost``.
+    two-stage detectors. on_front: by ``cost``. mask_ap: a further column, where masks were measured.
     """
     known = {record.id: record for record in records}
     best = {record.id for record in front(records, cost)}
     rows = [_row(record, known, record.id in best) for record in records]
-    return pd.DataFrame(rows, columns=list(COLUMNS), dtype="object").astype(COLUMNS)
+    masks = {"mask_ap": REAL} if any(record.mask_ap is not None for record in records) else {}
+    columns = COLUMNS | masks
+    return pd.DataFrame(rows, columns=list(columns), dtype="object").astype(columns)
 
 
 def _row(record: Record, known: dict[int, Record], on_front: bool) -> dict[str, Any]:
     parent = parent_of(record)
     row: dict[str, Any] = {name: getattr(record, name) for name in ("id", "phase", "status", "ap", "formula", "cause")}
-    row |= {"parent": parent, "seconds": record.seconds, "on_front": on_front}
+    row |= {"mask_ap": record.mask_ap, "parent": parent, "seconds": record.seconds, "on_front": on_front}
     row["gain"] = None if parent is None else gain_of(record, known.get(parent))
     row |= {name: cost_of(record, name) for name in COSTS}
     if record.student is None:

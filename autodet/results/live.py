@@ -39,8 +39,8 @@ def live_text(run_dir: Path, records: Sequence[Record], now: float) -> str:
     best = sorted(done, key=lambda record: (-(record.ap or 0.0), record.id))[:SHOWN]
     lines = [str(run_dir), _driver(run_dir, now), "", *_counts(records), "", "running now:"]
     lines += [_running_line(record, now) for record in running[-SHOWN:]] or ["  nothing"]
-    lines += ["", "best so far:"]
-    lines += [_line(record, f"AP {record.ap:.4f}{_cost(record)}") for record in best] or ["  nothing has completed yet"]
+    shown = [_line(record, f"AP {record.ap:.4f}{_masks(record)}{_cost(record)}") for record in best]
+    lines += ["", "best so far:", *(shown or ["  nothing has completed yet"])]
     failed = [record for record in records if record.status == "failed"]
     lines += ["", *(_line(record, f"failed: {record.cause}") for record in failed[-2:])] if failed else []
     return "\n".join(line[:WIDTH] for line in lines)
@@ -78,6 +78,10 @@ def _line(record: Record, text: str) -> str:
     place = record.phase if record.group in ("", record.phase) else f"{record.phase}/{record.group}"
     what = record.formula if record.student is None else str(record.student["actions"])
     return f"  {record.id:5} {place:24} {text:34} {what}"
+
+
+def _masks(record: Record) -> str:
+    return "" if record.mask_ap is None else f", masks {record.mask_ap:.4f}"
 
 
 def _cost(record: Record) -> str:

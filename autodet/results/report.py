@@ -19,7 +19,7 @@ from autodet.object_store import named
 from autodet.records import Record, records_from
 from autodet.results import page, plots
 from autodet.results.facts import with_facts
-from autodet.results.frame import found_arm, frame_of, leaderboard, paired_differences
+from autodet.results.frame import found_arm, frame_of, leaderboard, mask_columns, paired_differences
 from autodet.results.guidance_page import guidance_sections
 from autodet.results.page import points, range_of_points, signed_points
 from autodet.results.wording import equations, sentences
@@ -32,6 +32,7 @@ CAPTIONS = {
 }
 BEST_ROWS, FAILURE_ROWS = 15, 20
 STUDENTS = "students"
+MASK_AP = "mask AP"
 
 
 def write_report(run_dir: Path | str, output: Path | str | None = None, baseline: str | None = None) -> Path:
@@ -120,7 +121,8 @@ def _found(frame: pd.DataFrame) -> str:
         return ""
     runs = f"mean of {arm['runs']} runs" if arm["runs"] > 1 else "a single run, so partly luck"
     start = "start from the teacher's" if arm["inherit"] else "are its own"
-    summary = f"AP {points(arm['ap'])} ({runs}); the student's neck and head {start}."
+    masks = f", {points(arm['mask_ap'])} of masks" if "mask_ap" in arm else ""
+    summary = f"AP {points(arm['ap'])}{masks} ({runs}); the student's neck and head {start}."
     formula = str(arm["formula"])
     heading = "The formula that was found"
     words = page.bullets(sentences(formula))
@@ -138,11 +140,20 @@ def _students(folder: Path) -> str:
     if not is_run(folder):
         return ""
     records = records_from(Ledger.open(folder).events())
+    has_masks = any(record.mask_ap is not None for record in records)
     rows = [
-        (record.group, points(record.ap), record.status, f"weights/{record.weights}.safetensors") for record in records
+        (
+            record.group,
+            points(record.ap),
+            *([points(record.mask_ap)] if has_masks else []),
+            record.status,
+            f"weights/{record.weights}.safetensors",
+        )
+        for record in records
     ]
     note = f"AP ×100, one training each on the full schedule, so seeds decide part of it. Files are in {STUDENTS}/."
-    return page.section("Students", page.paragraph(note), page.table(("student", "AP", "status", "file"), rows))
+    columns = ("student", "AP", *([MASK_AP] if has_masks else []), "status", "file")
+    return page.section("Students", page.paragraph(note), page.table(columns, rows))
 
 
 def _comparison(compared: tuple[pd.DataFrame, str] | None) -> str:
@@ -154,6 +165,7 @@ def _comparison(compared: tuple[pd.DataFrame, str] | None) -> str:
             row.arm,
             row.runs,
             points(row.mean),
+            *_masks(row, data),
             row.pairs,
             signed_points(row.difference),
             range_of_points(row.low, row.high),
@@ -161,7 +173,7 @@ def _comparison(compared: tuple[pd.DataFrame, str] | None) -> str:
         for row in data.itertuples()
     ]
     note = f"AP ×100. Differences are to {baseline}, paired by seed, with the 95 % t-interval of their mean."
-    columns = ("arm", "runs", "mean AP", "pairs", "difference", "95 % interval")
+    columns = ("arm", "runs", "mean AP", *_mask_heading(data), "pairs", "difference", "95 % interval")
     return page.section("Comparison", page.paragraph(note), page.table(columns, rows))
 
 
@@ -170,6 +182,7 @@ def _best(frame: pd.DataFrame) -> str:
     rows = [
         (
             points(row.ap),
+            *_masks(row, board),
             row.runs,
             range_of_points(row.low, row.high),
             row.phase,
@@ -180,7 +193,7 @@ def _best(frame: pd.DataFrame) -> str:
         for row in board.itertuples()
     ]
     note = "AP ×100, mean over runs with 95 % interval. A formula with one run owes part of its place to luck."
-    columns = ("AP", "runs", "95 % interval", "phase", "candidate", "inherited", "formula")
+    columns = ("AP", *_mask_heading(board), "runs", "95 % interval", "phase", "candidate", "inherited", "formula")
     return page.section(
         "Best candidates", page.paragraph(note, quiet=True), page.table(columns, rows, code=["formula"])
     )
@@ -189,11 +202,18 @@ def _best(frame: pd.DataFrame) -> str:
 def _controls(frame: pd.DataFrame) -> str:
     board = leaderboard(frame[frame["origin"] == "control"])
     rows = [
-        (row.formula, _yes(row.inherit), points(row.ap), row.runs, range_of_points(row.low, row.high))
+        (
+            row.formula,
+            _yes(row.inherit),
+            points(row.ap),
+            *_masks(row, board),
+            row.runs,
+            range_of_points(row.low, row.high),
+        )
         for row in board.itertuples()
     ]
     note = "The same training without a searched formula. What is found has to beat these."
-    columns = ("formula", "inherited", "AP", "runs", "95 % interval")
+    columns = ("formula", "inherited", "AP", *_mask_heading(board), "runs", "95 % interval")
     return page.section("Controls", page.paragraph(note, quiet=True), page.table(columns, rows, code=["formula"]))
 
 
@@ -253,6 +273,16 @@ def repeat(ledger: Ledger, run_dir: Path, rewrite: bool = True) -> str:
     about = {key: value for key, value in ledger.about["about"].items() if key != "command"}
     facts = json.dumps(about, indent=2, ensure_ascii=False) if about else ""
     return page.section("How to repeat", page.preformatted("\n".join(lines)), page.preformatted(facts) if facts else "")
+
+
+def _mask_heading(table: pd.DataFrame) -> list[str]:
+    """A column beside that of AP, where masks were measured."""
+    return [MASK_AP] * len(mask_columns(table))
+
+
+def _masks(row: Any, table: pd.DataFrame) -> list[object]:
+    """What stands there in a row."""
+    return [points(getattr(row, name)) for name in mask_columns(table)]
 
 
 def _yes(value: Any) -> str:

@@ -16,6 +16,7 @@ INPUTS = {
     "instance": "the features of each true box",
     "logits.dense": "the responses at every location (objectness, or classes)",
     "logits.roi": "the class responses on shared proposals",
+    "logits.mask": "the masks on shared proposals",
     "localization.dense": "the boxes predicted at every location",
     "localization.sides": "the distributions of each box side's distance from every location",
     "localization.roi": "the boxes predicted from shared proposals",

@@ -26,7 +26,7 @@ from autodet.detectors.channels import body_counts, channel_groups
 from autodet.distill.distiller import Distiller
 from autodet.distill.formula import Formula
 from autodet.distill.inputs import parts_of
-from autodet.distill.outputs import DetectorOutput, output_of
+from autodet.distill.outputs import DetectorOutput, answer_to
 from autodet.distill.teacher import answer_of
 from autodet.morphism.importance import importance_order
 from autodet.teachers.elastic import ElasticDetector, copies_of, sliced
@@ -230,8 +230,7 @@ class PoolTrainer(Trainer):
                 taught.answers[unit.part] = answer_of(detector, part, inputs, features, dense, taught.parts)
             return losses
         theirs = taught(unit.part, part)
-        proposals = theirs.regions.proposals if theirs.regions is not None else None
-        ours = output_of(detector, part, inputs, features, dense if theirs.logits is not None else None, proposals)
+        ours = answer_to(theirs, detector, part, inputs, features, dense)
         torch.manual_seed(step_seed(seed, 0))  # the teacher's pass may have drawn, and runs on some workers only
         return losses | dict(self._distillers[unit.member.size](ours, theirs))
 

@@ -31,7 +31,7 @@ from autodet.distill.distiller import Distiller
 from autodet.distill.formula import Formula
 from autodet.distill.inherit import inherit_neck_and_head
 from autodet.distill.inputs import comparable_inputs
-from autodet.distill.outputs import DetectorOutput, output_of
+from autodet.distill.outputs import answer_to
 from autodet.distill.probe import Probe
 from autodet.distill.teacher import Teacher
 from autodet.evaluation import evaluate
@@ -110,8 +110,8 @@ class Workbench:
         splits = read_dataset(Path(task.data), required=required)
         self.train_set = splits["train"].subset(task.fraction, SUBSET_SEED)
         self.eval_set = splits[task.split]
-        self.train_loader = self._loader(splits["train"], self.train_set)
-        self.eval_loader = self._loader(self.eval_set, self.eval_set)
+        self.train_loader = self._loader(splits["train"], self.train_set, task.student.masks)
+        self.eval_loader = self._loader(self.eval_set, self.eval_set, with_masks=False)
         self.teacher: Teacher | None = None
         if task.teacher is not None:
             detector, _ = load_detector(Path(task.teacher))
@@ -191,7 +191,7 @@ class Workbench:
         return Outcome(metrics, trainer.epoch, time.perf_counter() - started, weights, found)
 
     def measure(self, detector: Detector) -> Metrics:
-        """COCO metrics on the task's split."""
+        """COCO metrics on the task's split; of masks too where the detector gives them and the split has them."""
         device = torch.device(self.task.device)
 
         def detections(batch: Batch) -> list[dict[str, Tensor]]:
@@ -213,7 +213,7 @@ class Workbench:
         with torch.no_grad():
             inputs = student.preprocess([image.to(self.task.device) for image in batch.images])
             features = student.features(inputs)
-            output = _answer(student, batch, inputs, features, student.dense(inputs, features), taught)
+            output = answer_to(taught, student, batch, inputs, features, student.dense(inputs, features))
         return Probe(student.spec, self.teacher.detector.spec, output, taught, self.task.normalise)
 
     def distillation(self, formula: Formula, student: Detector, teacher: Teacher | None) -> Distillation | None:
@@ -225,11 +225,11 @@ class Workbench:
         distiller = Distiller(formula, student.spec, teacher.detector.spec, self.task.normalise)
         return Distillation(distiller, teacher, student)
 
-    def _loader(self, split: CocoDataset, used: CocoDataset) -> Loader:
+    def _loader(self, split: CocoDataset, used: CocoDataset, with_masks: bool) -> Loader:
         spec, settings = self.task.student, self.task.settings
         cache = ImageCache(split, spec.min_size, spec.max_size, Path(self.task.cache) / "images")
         plan = BatchPlan(settings.batch_size, SUBSET_SEED, settings.flip, fixed=self.task.fixed_batches)
-        return Loader(cache, used, spec.label_map, plan, pace=self._pace)
+        return Loader(cache, used, spec.label_map, plan, with_masks, self._pace)
 
     def keep(self, detector: Detector, notes: Mapping[str, Any]) -> str | None:
         """Write a detector into the task's folder of weights, and return the hash it is named by; None without one."""
@@ -254,15 +254,7 @@ class Distillation:
     def __call__(self, batch: Batch, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """Named, weighted distillation losses of one step."""
         taught = self._teacher(batch)
-        return dict(self.distiller(_answer(self._student, batch, inputs, features, dense, taught), taught))
-
-
-def _answer(
-    student: Detector, batch: Batch, inputs: Inputs, features: Features, dense: Dense, taught: DetectorOutput
-) -> DetectorOutput:
-    """The student's side of the comparison, as far as the teacher was asked: also about the teacher's proposals."""
-    proposals = taught.regions.proposals if taught.regions is not None else None
-    return output_of(student, batch, inputs, features, dense if taught.logits is not None else None, proposals)
+        return dict(self.distiller(answer_to(taught, self._student, batch, inputs, features, dense), taught))
 
 
 def train_plain(task: Task, folder: Path, on_epoch: OnEpoch | None = None) -> Path:

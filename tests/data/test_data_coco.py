@@ -45,7 +45,7 @@ def test_all_layouts_read_the_same(tmp_path: Path, layout: str) -> None:
     assert second.crowd.tolist() == [True, False]
     assert second.trainable.tolist() == [False, True]
     assert third.boxes.shape == (0, 4)
-    assert not train.has_masks
+    assert "without a segmentation" in str(train.mask_problem)
 
 
 def test_optional_split_is_read_only_where_present(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_compressed_run_lengths_are_accepted(tmp_path: Path) -> None:
             entry["segmentation"] = {"size": [30, 40], "counts": code["counts"].decode("ascii")}
 
     write_split(tmp_path, "train", set_masks)
-    assert read_train(tmp_path).has_masks
+    assert read_train(tmp_path).mask_problem is None
 
 
 def test_exif_orientation_counts_for_the_size(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_real_coco() -> None:
     assert val.categories[-1].id == 90 and label_of(val.categories)[90] == 80
     crowds = [s for i in val.images for s, crowd in zip(i.segmentations, i.crowd, strict=True) if crowd]
     assert len(crowds) == 11 and all(isinstance(s["counts"], list) for s in crowds)
-    assert val.has_masks
+    assert val.mask_problem is None
     assert len(val.coco_dict()["annotations"]) == 815
 
 

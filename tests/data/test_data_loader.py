@@ -10,8 +10,18 @@ import torch
 from data_builders import HEIGHT, SHARED, WIDTH, Document, annotation, write_split
 from pycocotools.coco import COCO
 
-from autodet.data import Batch, BatchKey, BatchPlan, CocoDataset, ImageCache, Loader, label_of, read_dataset
-from autodet.data.loader import object_mask
+from autodet.data import (
+    Batch,
+    BatchKey,
+    BatchPlan,
+    CocoDataset,
+    DatasetError,
+    ImageCache,
+    Loader,
+    label_of,
+    read_dataset,
+)
+from autodet.data.masks import object_mask, resized_masks
 
 PLAN = BatchPlan(batch_size=2, seed=3)
 
@@ -136,7 +146,41 @@ def test_masks_against_brute_force(dataset: CocoDataset, tmp_path: Path) -> None
     for one, other in zip(plain, mirrored, strict=True):
         assert torch.equal(one["masks"], other["masks"].flip(-1))
     half = loader_of(dataset, tmp_path, size=HEIGHT // 2, masks=True).load(BatchKey((1,), (False,))).targets[0]
-    assert torch.equal(half["masks"], plain[1]["masks"][:, ::2, ::2])
+    blocks = plain[1]["masks"].reshape(1, HEIGHT // 2, 2, WIDTH // 2, 2).float().mean((2, 4))
+    assert torch.equal(half["masks"], (blocks >= 0.5).byte())
+    assert 0 < half["masks"].sum() < half["masks"].numel()
+
+
+def test_resized_masks_follow_the_resized_boxes(dataset: CocoDataset, tmp_path: Path) -> None:
+    """A rectangle's mask at 50 of 30 pixels: its extent is that of the box, to a pixel; mirrored too."""
+    for flip in (False, True):
+        target = loader_of(dataset, tmp_path, size=50, masks=True).load(BatchKey((0,), (flip,))).targets[0]
+        rows, columns = np.nonzero(target["masks"][0].numpy())
+        extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose(extent, target["boxes"][0].numpy(), atol=1)
+        assert target["masks"].shape[1:] == target["boxes"].new_zeros(50, 66).shape
+
+
+def test_a_mask_smaller_than_a_pixel_keeps_the_one_that_it_covers_most() -> None:
+    found = resized_masks([[[9, 9, 11, 9, 11, 12, 9, 12]]], (40, 40), (4, 4))  # 2 × 3 of 100 pixels, in 4 blocks
+    assert torch.argwhere(found[0]).tolist() == [[1, 0], [1, 1]]
+
+
+def test_masks_that_no_detector_can_learn_are_named(tmp_path: Path) -> None:
+    def spoil(content: Document) -> None:
+        content["annotations"][0]["segmentation"] = [[50, 3, 60, 3, 60, 23]]  # beside the image
+        content["annotations"][3]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+
+    write_split(tmp_path, "train", spoil)
+    train = read_dataset(tmp_path, required=("train",))["train"]
+    reason = (
+        r"train: expected a mask of every object.*of 3 objects there are 1 without a segmentation "
+        r"\(image 10, bbox \[20.5, 4, 8, 6\]\) and 2 whose mask covers no pixel of the image "
+        r"\(image 10, bbox .*; image 20, bbox .*\)\. Give each a segmentation"
+    )
+    with pytest.raises(DatasetError, match=reason):
+        loader_of(train, tmp_path, masks=True)
+    loader_of(train, tmp_path)  # boxes are as good as ever
 
 
 @pytest.mark.skipif(not (SHARED / "coco_tiny").is_dir(), reason="needs shared data")
@@ -244,5 +288,5 @@ def test_missing_labels_and_masks_are_refused(dataset: CocoDataset, tmp_path: Pa
         Loader(cache, dataset, {3: 1}, PLAN)
     write_split(tmp_path, "train")
     without = read_dataset(tmp_path, required=("train",))["train"]
-    with pytest.raises(ValueError, match="segmentation for every object"):
+    with pytest.raises(ValueError, match="expected a mask of every object"):
         Loader(cache, without, {3: 1, 7: 2}, PLAN, with_masks=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from autodet.data import CocoDataset, read_dataset, write_shapes
 from autodet.data import shapes as shapes_module
 from autodet.data.drawing import FORMS, draw_form
-from autodet.data.loader import object_mask
+from autodet.data.masks import object_mask
 from autodet.data.shapes import CATEGORY_IDS, MIN_VISIBLE, draw_scene
 
 SIZE = (96, 72)

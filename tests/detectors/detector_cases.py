@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
     fcos_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
 )
@@ -31,6 +32,7 @@ CONSTRUCTORS = {
         replace(standard_spec("retinanet", Arch.resnet50(), LABELS), top="body", head_groups=32, box_loss="giou"),
     ),
     "fcos_resnet50_fpn": (fcos_resnet50_fpn, standard_spec("fcos", Arch.resnet50(), LABELS)),
+    "maskrcnn_resnet50_fpn": (maskrcnn_resnet50_fpn, standard_spec("mask_rcnn", Arch.resnet50(), LABELS)),
 }
 
 Targets = list[dict[str, Tensor]]
@@ -45,6 +47,8 @@ def small_spec(family: str, labels: tuple[tuple[int, str], ...] = LABELS, **chan
         values |= {"regions_per_image": 32}
     else:
         values |= {"candidates": 60, "head_depth": 2}
+    if spec.masks:
+        values |= {"mask_depth": 2, "mask_width": 12, "mask_roi_size": 4}
     if spec.head_groups:
         values["head_groups"] = 4
     if spec.traits.distributions:
@@ -70,7 +74,8 @@ def stir(model: nn.Module) -> None:
             elif name.startswith("backbone.body.") and tensor.dim() == 1 and name.endswith("weight"):
                 tensor.uniform_(0.2, 0.6)  # keeps the maps of a deep body from growing
             elif not name.startswith("backbone.body.") and tensor.dim() > 1:
-                gain = 0.5 if "bbox_" in name else 0.1 if "cls_score" in name else 2.0  # no class always wins
+                small = {"bbox_": 0.5, "cls_score": 0.1, "mask_fcn_logits": 0.5}  # no class always wins
+                gain = next((gain for part, gain in small.items() if part in name), 2.0)
                 tensor.normal_(std=gain / tensor[0].numel() ** 0.5)
             elif "cls_logits" in name:
                 tensor.uniform_(-0.5, 0.5)
@@ -81,7 +86,7 @@ def stir(model: nn.Module) -> None:
 def batch(
     sizes: tuple[tuple[int, int], ...] = ((48, 72), (60, 40), (50, 50)), classes: int = 2
 ) -> tuple[list[Tensor], Targets]:
-    """Images of these sizes (height, width) in turn with two objects, with none, and with one."""
+    """Images of these sizes (height, width) in turn with two objects, with none, and with one; masks are triangles."""
     images = [torch.rand(3, *size) for size in sizes]
     boxes: list[list[list[float]]] = [[[4, 5, 40, 44], [22, 10, 38, 30]], [], [[10, 10, 30, 45]]]
     labels: list[list[int]] = [[1, classes], [], [classes]]
@@ -89,9 +94,19 @@ def batch(
         {
             "boxes": torch.tensor(boxes[i % 3], dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor(labels[i % 3], dtype=torch.int64),
+            "masks": triangles(boxes[i % 3], sizes[i]),
         }
         for i in range(len(sizes))
     ]
+
+
+def triangles(boxes: list[list[float]], size: tuple[int, int]) -> Tensor:
+    """uint8 N×H×W: the lower left half of each box."""
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    found = torch.zeros((len(boxes), *size), dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(found, boxes, strict=True):
+        mask[(x > x1) & (y < y2) & ((x - x1) / (x2 - x1) < (y - y1) / (y2 - y1))] = 1
+    return found
 
 
 def steps(detector: Detector, images: list[Tensor], targets: Targets | None = None) -> tuple[Inputs, Features, Dense]:
@@ -109,7 +124,7 @@ def assert_same_detections(found: Targets, expected: Targets) -> None:
     assert len(found) == len(expected)
     assert all(len(image["boxes"]) > 0 for image in expected), "nothing is detected, so nothing is compared"
     for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys() == {"boxes", "scores", "labels"}
+        assert one.keys() == other.keys() and one.keys() - {"masks"} == {"boxes", "scores", "labels"}
         for key in one:
             # How a processor rounds moves boxes by up to 1e-4 pixels.
             torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=2e-4 if key == "boxes" else 1e-5)

@@ -246,6 +246,7 @@ HAND_DECODED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "fcos": distances,
     "cascade_rcnn": shifted_and_scaled,
     "gfl": pixels,
+    "mask_rcnn": shifted_and_scaled,
 }
 
 

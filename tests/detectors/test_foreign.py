@@ -18,7 +18,8 @@ from torchvision.models import resnet18
 from torchvision.models.detection import (
     fasterrcnn_mobilenet_v3_large_fpn,
     fasterrcnn_resnet50_fpn_v2,
-    maskrcnn_resnet50_fpn,
+    keypointrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
     ssdlite320_mobilenet_v3_large,
 )
 
@@ -38,13 +39,15 @@ from autodet.detectors.spec import COCO_LABELS, FAMILIES
 from autodet.detectors.weights import WeightsError, modern_names
 
 State = dict[str, Tensor]
-OLD_HEADS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")  # published before torchvision renamed its layers
+# Published before torchvision renamed its layers.
+OLD_HEADS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "maskrcnn_resnet50_fpn")
 
 
 def plain_spec(family: str, **changes: Any) -> DetectorSpec:
     """torchvision's settings, of which a state dict does not tell, around a narrow body and neck."""
     spec = standard_spec(family, BODY, LABELS)
-    narrow = {"neck_width": 32, "min_size": 64, "max_size": 96} | ({"head_width": 64} if spec.two_stage else {})
+    narrow = {"neck_width": 32, "min_size": 64, "max_size": 96}
+    narrow |= ({"head_width": 64} if spec.two_stage else {}) | ({"mask_width": 16} if spec.masks else {})
     return replace(spec, **narrow | changes)
 
 
@@ -72,11 +75,16 @@ def old_names(state: State, heads: bool) -> State:
     if heads:
         renamed = {key.replace("rpn.head.conv.0.0.", "rpn.head.conv."): value for key, value in renamed.items()}
         renamed = {re.sub(r"_head\.conv\.(\d)\.0\.", _doubled, key): value for key, value in renamed.items()}
+        renamed = {re.sub(r"mask_head\.(\d)\.0\.", _counted, key): value for key, value in renamed.items()}
     return renamed
 
 
 def _doubled(found: re.Match[str]) -> str:
     return f"_head.conv.{2 * int(found[1])}."
+
+
+def _counted(found: re.Match[str]) -> str:
+    return f"mask_head.mask_fcn{int(found[1]) + 1}."
 
 
 @pytest.mark.parametrize("name", CONSTRUCTORS)
@@ -104,6 +112,8 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         "another body and neck": plain_spec(family, body=grouped, neck_width=64),
         "frozen": plain_spec(family, norm="frozen"),
     }
+    if found["plain"].masks:
+        found["another mask head"] = plain_spec(family, mask_depth=2, mask_width=24)
     if found["plain"].two_stage:
         return found | {"another head": plain_spec(family, rpn_depth=2, head_width=24, roi_size=5)}
     found |= {"another depth": plain_spec(family, head_depth=2), "top body": plain_spec(family, top="body")}
@@ -227,7 +237,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ),
         (fasterrcnn_mobilenet_v3_large_fpn, SpecError, "expected a ResNet as the detector's body"),
         (fasterrcnn_resnet50_fpn_v2, SpecError, "expected a box head of two layers .*adapt"),
-        (maskrcnn_resnet50_fpn, WeightsError, "does not fit FasterRCNN: .* unexpected: roi_heads.mask_head"),
+        (maskrcnn_resnet50_fpn_v2, SpecError, "expected a box head of two layers .*adapt"),
+        (keypointrcnn_resnet50_fpn, WeightsError, "does not fit FasterRCNN: .* unexpected: roi_heads.keypoint_head"),
     ],
 )
 def test_other_detectors_are_refused(make: Any, error: type[Exception], reason: str) -> None:

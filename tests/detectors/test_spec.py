@@ -59,17 +59,26 @@ def random_head(rng: random.Random, family: str) -> dict[str, Any]:
     """Fields that only some families know."""
     if TRAITS[family].two_stage:
         ious = {"stage_ious": tuple(rng.uniform(0.1, 0.9) for _ in range(rng.randint(2, 4)))}
-        return (ious if TRAITS[family].cascaded else {}) | {
-            "anchor_ratios": tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4))),
-            "rpn_depth": rng.randint(1, 3),
-            "head_width": rng.randint(1, 2000),
-            "roi_size": rng.randint(1, 14),
-            "roi_sampling": rng.randint(0, 4),
-            "roi_aligned": rng.random() < 0.5,
-            "proposals_before_nms": (rng.randint(1, 3000), rng.randint(1, 3000)),
-            "proposals": (rng.randint(1, 3000), rng.randint(1, 3000)),
-            "regions_per_image": rng.randint(1, 600),
+        masks = {
+            "mask_depth": rng.randint(1, 5),
+            "mask_width": rng.randint(1, 300),
+            "mask_roi_size": rng.randint(1, 28),
         }
+        return (
+            (ious if TRAITS[family].cascaded else {})
+            | (masks if True in TRAITS[family].masks else {})
+            | {
+                "anchor_ratios": tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4))),
+                "rpn_depth": rng.randint(1, 3),
+                "head_width": rng.randint(1, 2000),
+                "roi_size": rng.randint(1, 14),
+                "roi_sampling": rng.randint(0, 4),
+                "roi_aligned": rng.random() < 0.5,
+                "proposals_before_nms": (rng.randint(1, 3000), rng.randint(1, 3000)),
+                "proposals": (rng.randint(1, 3000), rng.randint(1, 3000)),
+                "regions_per_image": rng.randint(1, 600),
+            }
+        )
     head = {
         "top_relu": rng.random() < 0.5,
         "head_depth": rng.randint(1, 4),

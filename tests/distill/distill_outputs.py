@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodet.data import Batch
-from autodet.detectors import Arch, Detector, DetectorSpec
+from autodet.detectors import Arch, Detector, DetectorSpec, Masked
 from autodet.detectors.traits import TRAITS
 from autodet.distill.formula import Formula
 from autodet.distill.inputs import INPUTS
@@ -24,6 +24,7 @@ LABELS = ((3, "circle"), (5, "square"), (8, "triangle"))
 CANVAS: Size = (64, 96)
 COUNTS = (3, 0, 2, 1)  # objects of each image
 PROPOSED = (4, 2, 0, 5)  # shared proposals of each image
+MASK = 6  # pixels a side
 
 
 def spec_of(family: str) -> DetectorSpec:
@@ -40,8 +41,10 @@ def spec_of(family: str) -> DetectorSpec:
         min_size=64,
         max_size=96,
     )
+    masks = {"mask_depth": 1, "mask_width": 8, "mask_roi_size": MASK // 2}
     if TRAITS[family].two_stage:
-        return replace(common, family=family, **TRAITS[family].standard)
+        has_masks = "mask_depth" in TRAITS[family].standard
+        return replace(common, family=family, **{**TRAITS[family].standard, **(masks if has_masks else {})})
     strides = (8, 16, 32, 64, 128)
     one_stage = replace(common, family="retinanet", levels=strides, anchor_sizes=strides, top="neck", head_depth=1)
     if family == "retinanet":
@@ -90,6 +93,9 @@ def answer(
         regions, classes = sum(proposed), len(spec.labels) + 1
         proposals = [random_boxes(count, canvas, shared) for count in proposed]
         output.regions = RegionOutput(proposals, leaf(regions, classes), leaf(regions, classes, 4))
+        if spec.masks:
+            side = 2 * spec.mask_roi_size
+            output.regions.masks = leaf(regions, side, side)
     return output
 
 
@@ -101,6 +107,7 @@ def leaves(output: DetectorOutput) -> dict[str, Tensor]:
     named |= {f"sides {stride}": level for stride, level in (output.sides or {}).items()}
     if output.regions is not None:
         named |= {"class_logits": output.regions.class_logits, "region_corners": output.regions.corners}
+        named |= {} if output.regions.masks is None else {"masks": output.regions.masks}
     return named
 
 
@@ -114,7 +121,8 @@ def part(output: DetectorOutput, images: slice) -> DetectorOutput:
     if regions is not None:
         first = sum(map(len, regions.proposals[: images.start]))
         rows = slice(first, first + sum(map(len, regions.proposals[images])))
-        regions = RegionOutput(regions.proposals[images], regions.class_logits[rows], regions.corners[rows])
+        masks = None if regions.masks is None else regions.masks[rows]
+        regions = RegionOutput(regions.proposals[images], regions.class_logits[rows], regions.corners[rows], masks)
     return replace(
         output,
         features=cut(output.features),
@@ -165,7 +173,11 @@ def counted_steps(monkeypatch: pytest.MonkeyPatch, detector: Detector) -> Counte
 
     for name in ("preprocess", "features", "dense", "boxes", "proposals", "regions", "region_corners"):
         monkeypatch.setattr(detector, name, counting(name, getattr(detector, name)))
+    if isinstance(detector, Masked):
+        monkeypatch.setattr(detector, "region_masks", counting("region_masks", detector.region_masks))
     return calls
 
 
-RCNN, RETINANET, FCOS, GFL = (spec_of(family) for family in ("faster_rcnn", "retinanet", "fcos", "gfl"))
+RCNN, RETINANET, FCOS, GFL, MASK_RCNN = (
+    spec_of(family) for family in ("faster_rcnn", "retinanet", "fcos", "gfl", "mask_rcnn")
+)

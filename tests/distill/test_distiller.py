@@ -22,7 +22,7 @@ from autodet.distill.outputs import DetectorOutput
 from autodet.training import Trainer, TrainSettings
 from autodet.training.task import Distillation
 
-SPEC = spec_of("faster_rcnn")
+SPEC = spec_of("mask_rcnn")  # which has every input
 TWO_TERMS = "global: l2 * 3; logits.roi: softmax(c, t=2) | kl * 4"
 EVERY_INPUT = "; ".join(
     f"{name}: {'giou' if INPUTS[name].kind.boxes else 'l2'}" for name in comparable_inputs(SPEC, SPEC)

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from detector_cases import stirred
 from distill_outputs import (
     FCOS,
     GFL,
+    MASK,
+    MASK_RCNN,
     PROPOSED,
     RCNN,
     RETINANET,
     answer,
     loss_of,
+    regions_of,
+    sides,
     spec_of,
     tiny_batch,
 )
 
-from autodet.detectors import build
+from autodet.detectors import Masked, build
 from autodet.detectors.spec import FAMILIES
+from autodet.distill.formula import Formula
 from autodet.distill.inputs import (
     INPUTS,
 )
-from autodet.distill.outputs import output_of
+from autodet.distill.outputs import answer_to, output_of
+from autodet.distill.teacher import Teacher
+from autodet.distill.terms import term_loss
 
 LEVELS = (8, 16, 32, 64)
 
@@ -71,6 +80,58 @@ def test_class_logits_of_regions_weigh_images_alike() -> None:
     gaps = torch.split((student.regions.class_logits - teacher.regions.class_logits).abs(), list(PROPOSED))
     expected = torch.stack([gap.mean() if len(gap) else gap.new_zeros(()) for gap in gaps]).mean()
     torch.testing.assert_close(loss_of("logits.roi", student, teacher), expected)
+
+
+# Masks. ---
+
+
+def test_masks_are_compared_pixel_by_pixel_where_the_teacher_sees_objects() -> None:
+    """The cross-entropy between two coins a pixel, less the teacher's entropy, by the definition."""
+    student, teacher = answer(MASK_RCNN, 1), answer(MASK_RCNN, 2)
+    ours, theirs = regions_of(student), regions_of(teacher)
+    assert ours.masks is not None and theirs.masks is not None
+    p, q = theirs.masks.detach().sigmoid().double(), ours.masks.detach().sigmoid().double()
+    divergence = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean((1, 2))
+    objects = 1 - theirs.class_logits.detach().softmax(1)[:, 0]
+    rows = zip(*(torch.split(side, list(PROPOSED)) for side in (divergence, objects.double())), strict=True)
+    expected = sum(float((loss * chance).sum() / chance.sum()) for loss, chance in rows if len(loss)) / len(PROPOSED)
+    term = Formula.parse("logits.mask: bernoulli | kl").terms[0]
+    loss = term_loss(term, *sides(INPUTS["logits.mask"].pairs(student, teacher)))
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_masks_are_of_the_class_that_the_teacher_finds_likeliest() -> None:
+    torch.manual_seed(0)
+    detectors = [stirred(MASK_RCNN) for _ in range(2)]
+    batch = tiny_batch()
+    taught = Teacher(detectors[1], ["logits.mask"])(batch)
+    assert taught.regions is not None and taught.regions.masks is not None
+    labels = [max(range(1, 4), key=lambda k: float(row[k])) for row in taught.regions.class_logits]
+    assert len(set(labels)) > 1
+    inputs = detectors[0].preprocess(batch.images)
+    features = detectors[0].features(inputs)
+    answered = answer_to(taught, detectors[0], batch, inputs, features, detectors[0].dense(inputs, features))
+    for detector, found in zip(detectors, (answered, taught), strict=True):
+        assert isinstance(detector, Masked)
+        own = detector.preprocess(batch.images)
+        every = detector.region_masks(own, detector.features(own), taught.regions.proposals)
+        for row, label in enumerate(labels):
+            masks = regions_of(found).masks
+            assert masks is not None
+            torch.testing.assert_close(masks[row], every[row, label])
+
+
+def test_larger_masks_are_resampled_to_the_students_size() -> None:
+    """A plane over the region stays one, but for the border, where nothing lies beyond."""
+    student, teacher = answer(MASK_RCNN, 1), answer(replace(MASK_RCNN, mask_roi_size=MASK), 2)
+    (theirs,) = (value for _, value in INPUTS["logits.mask"].pairs(student, teacher))
+    assert theirs.data.shape == (sum(PROPOSED), 1, MASK, MASK)
+    fine = (torch.arange(2 * MASK) + 0.5) / (2 * MASK)
+    plane = (3 * fine[:, None] - 2 * fine).expand(sum(PROPOSED), -1, -1)
+    teacher.regions = replace(regions_of(teacher), masks=plane)
+    (theirs,) = (value for _, value in INPUTS["logits.mask"].pairs(student, teacher))
+    coarse = (torch.arange(MASK) + 0.5) / MASK
+    torch.testing.assert_close(theirs.data[0, 0], 3 * coarse[:, None] - 2 * coarse)
 
 
 # Boxes. ---
@@ -168,8 +229,8 @@ def test_distributions_are_those_whose_means_are_the_boxes() -> None:
         features = detector.features(inputs)
         output = output_of(detector, batch, inputs, features, detector.dense(inputs, features))
     assert output.sides is not None and output.corners is not None
-    for stride, sides in output.sides.items():
-        means = (sides.softmax(2) * torch.arange(6.0).view(6, 1, 1)).sum(2)
+    for stride, places in output.sides.items():
+        means = (places.softmax(2) * torch.arange(6.0).view(6, 1, 1)).sum(2)
         signs = torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(4, 1, 1)
         torch.testing.assert_close(output.corners[stride][:, 0], means * signs, rtol=1e-4, atol=1e-4)
 

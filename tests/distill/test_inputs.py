@@ -16,6 +16,7 @@ from distill_outputs import (
     COUNTS,
     FCOS,
     GFL,
+    MASK_RCNN,
     PROPOSED,
     RCNN,
     RETINANET,
@@ -37,7 +38,7 @@ from autodet.distill.inputs import (
     parts_of,
     why_incomparable,
 )
-from autodet.distill.outputs import PARTS, output_of
+from autodet.distill.outputs import PARTS, answer_to
 from autodet.distill.teacher import Teacher
 from autodet.distill.values import Value
 
@@ -45,21 +46,20 @@ from autodet.distill.values import Value
 
 FEATURES = ("global", "fg", "bg", "instance")
 TWO_STAGE = {family for family in FAMILIES if TRAITS[family].two_stage}
-REGIONS = ("logits.roi", "localization.roi")
+REGIONS = ("logits.roi", "localization.roi", "logits.mask")
+PAIRS = list(itertools.product(FAMILIES, FAMILIES))
 
 
 def own(pair: tuple[str, str], *other: str) -> tuple[str, ...]:
-    """What only two second stages have, or two heads with distributions, without some."""
-    regions = REGIONS if set(pair) <= TWO_STAGE else ()
+    """What only two second stages have, two mask branches, or two heads with distributions, without some."""
+    regions = REGIONS[:2] if set(pair) <= TWO_STAGE else ()
+    masks = ("logits.mask",) if set(pair) == {"mask_rcnn"} else ()
     sides = ("localization.sides",) if all(TRAITS[family].distributions for family in pair) else ()
-    return tuple(name for name in (*regions, *sides) if name not in other)
+    return tuple(name for name in (*regions, *masks, *sides) if name not in other)
 
 
 COMPARABLE = {
-    "same": {
-        pair: (*FEATURES, "logits.dense", "localization.dense", *own(pair))
-        for pair in itertools.product(FAMILIES, FAMILIES)
-    },
+    "same": {pair: (*FEATURES, "logits.dense", "localization.dense", *own(pair)) for pair in PAIRS},
     "labels": {  # objectness means the same whatever the labels
         pair: (
             *FEATURES,
@@ -67,12 +67,9 @@ COMPARABLE = {
             "localization.dense",
             *own(pair, *REGIONS),
         )
-        for pair in itertools.product(FAMILIES, FAMILIES)
+        for pair in PAIRS
     },
-    "size": {
-        pair: (*FEATURES, "logits.dense", *own(pair, "localization.sides"))
-        for pair in itertools.product(FAMILIES, FAMILIES)
-    },
+    "size": {pair: (*FEATURES, "logits.dense", *own(pair, "localization.sides")) for pair in PAIRS},
 }
 
 
@@ -94,6 +91,9 @@ def test_what_every_pair_of_families_can_be_compared_on(student: str, teacher: s
         ("localization.roi", RCNN, FCOS, "the teacher, a fcos, has no second stage"),
         ("logits.roi", RCNN, RCNN.with_labels([(1, "cell")]), "different labels"),
         ("localization.roi", RCNN, RCNN.with_labels(RCNN.labels[::-1]), "different labels"),
+        ("logits.mask", RCNN, MASK_RCNN, "the student, a faster_rcnn, has no mask branch"),
+        ("logits.mask", MASK_RCNN, RETINANET, "the teacher, a retinanet, has no mask branch"),
+        ("logits.mask", MASK_RCNN, MASK_RCNN.with_labels([(1, "cell")]), "different labels"),
         ("logits.dense", FCOS, RETINANET.with_labels([(1, "cell")]), "different labels"),
         ("localization.sides", FCOS, GFL, "the student, a fcos, has no distributions of the places of a box's sides"),
         ("localization.sides", GFL, RCNN, "the teacher, a faster_rcnn, has no distributions"),
@@ -114,15 +114,19 @@ def test_pyramids_without_a_common_stride_are_refused(name: str) -> None:
     coarse = copy.copy(GFL)
     object.__setattr__(coarse, "levels", (256, 512))
     reason = why_incomparable(name, own, coarse)
-    assert "share no stride" in str(reason) or INPUTS[name].part == "regions"
+    assert "share no stride" in str(reason) or INPUTS[name].part in ("regions", "masks")
     assert reason is not None
 
 
 @pytest.mark.parametrize("name", [name for name, spec in INPUTS.items() if spec.part != "features"])
 def test_responses_that_were_not_computed_are_asked_for(name: str) -> None:
     output = replace(answer(RCNN, 1), logits=None, corners=None, sides=None, regions=None)
-    with pytest.raises(ValueError, match={"dense": "dense step", "regions": "second stage"}[INPUTS[name].part]):
+    reasons = {"dense": "dense step", "regions": "second stage", "masks": "second stage"}
+    with pytest.raises(ValueError, match=reasons[INPUTS[name].part]):
         INPUTS[name].pairs(output, output)
+    if INPUTS[name].part == "masks":
+        with pytest.raises(ValueError, match="mask branch"):
+            INPUTS[name].pairs(answer(RCNN, 1), answer(RCNN, 2))
 
 
 def test_every_input_names_the_part_that_must_be_run() -> None:
@@ -143,6 +147,7 @@ TAKEN_FROM = {
     "features": ("features",),
     "dense": ("logits", "corners", "sides"),
     "regions": ("class_logits", "region_corners"),
+    "masks": ("masks",),
 }
 
 
@@ -195,7 +200,7 @@ def test_without_objects_and_proposals_there_is_nothing_or_a_finite_loss(name: s
     loss = loss_of(name, ours, theirs)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in leaves(ours).values())
-    if name in ("fg", "instance", "logits.roi", "localization.roi"):
+    if name in ("fg", "instance", "logits.roi", "logits.mask", "localization.roi"):
         assert loss == 0
 
 
@@ -218,8 +223,7 @@ def test_real_detectors_are_compared_on_all_that_their_specs_allow(student: str,
     taught = Teacher(theirs, comparable_inputs(ours.spec, theirs.spec))(batch)
     inputs = ours.preprocess(batch.images)
     features = ours.features(inputs)
-    proposals = None if taught.regions is None else taught.regions.proposals
-    output = output_of(ours, batch, inputs, features, ours.dense(inputs, features), proposals)
+    output = answer_to(taught, ours, batch, inputs, features, ours.dense(inputs, features))
     for name in comparable_inputs(ours.spec, theirs.spec):
         loss = loss_of(name, output, taught)
         ours.model.zero_grad()

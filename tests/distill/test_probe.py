@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autodet.data import Batch, Loader
 from autodet.detectors import DetectorSpec, build, load_detector
+from autodet.detectors.spec import FAMILIES
 from autodet.distill import PUBLISHED, Formula, Probe, Teacher
 from autodet.distill.distances import DISTANCES
 from autodet.distill.inputs import INPUTS, comparable_inputs
@@ -123,8 +124,8 @@ def test_too_few_regions_are_a_reason_not_an_error(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", list(INPUTS))
-@pytest.mark.parametrize("student", ["faster_rcnn", "retinanet", "fcos", "gfl"])
-@pytest.mark.parametrize("teacher", ["faster_rcnn", "retinanet", "fcos", "gfl"])
+@pytest.mark.parametrize("student", FAMILIES)
+@pytest.mark.parametrize("teacher", FAMILIES)
 def test_every_input_of_every_pair_of_families_is_judged(student: str, teacher: str, name: str) -> None:
     specs = spec_of(student), spec_of(teacher)
     made_up = Pair(specs, answer(specs[0], 1), answer(specs[1], 2))

@@ -3,7 +3,8 @@
 Every term is refused by typing, or its loss is finite, ≥ 0 and 0 at S = T, its gradient is finite, also there, the
 teacher gets none, and the loss of a batch is the mean of its images' losses unless ``batch_dependent``.
 
-The space depends on the input's kind alone: 84,144 terms on maps, 3,654 on vectors, 6 on boxes. By default this covers
+The space depends on the input's kind alone: 84,144 terms on maps, 16,920 on planes, 3,654 on vectors, 6 on boxes. By
+default this covers
 every operation with every searched parameter and every pair of operations that can follow one another on a map with
 dead images, cells and channels, on vectors and on boxes, and fixed random samples of all terms (5,600) on other values:
 one image, one cell, one channel, large, small, half precision, no rows. ``-m slow`` covers every term.
@@ -25,7 +26,18 @@ from autodet.distill.formula import INPUTS, FormulaError, Op, Term, typing_of
 from autodet.distill.grammar import count_terms, terms_of
 from autodet.distill.terms import compared, term_loss, transformed
 from autodet.distill.transforms import TRANSFORMS
-from autodet.distill.values import BOXES, MAP, VECTOR, Kind, Operation, Value, map_value, region_weights, vector_value
+from autodet.distill.values import (
+    BOXES,
+    MAP,
+    PLANE,
+    VECTOR,
+    Kind,
+    Operation,
+    Value,
+    map_value,
+    region_weights,
+    vector_value,
+)
 
 INPUT_OF = {spec.kind: name for name, spec in reversed(INPUTS.items())}  # one input of each kind
 COUNTS = [2, 0, 3, 1, 4]  # rows of each image, for vectors and boxes
@@ -67,6 +79,15 @@ def vectors(dtype: torch.dtype, scale: float = 1.0, width: int = 4) -> tuple[Val
     return tuple(vector_value(side[:, :, 0, 0], COUNTS) for side in sides)
 
 
+def plane_value(data: Tensor, counts: list[int]) -> Value:
+    return Value(data, PLANE, None, region_weights(counts, data))
+
+
+def planes(dtype: torch.dtype, scale: float = 1.0) -> tuple[Value, ...]:
+    """Logits of the masks of regions."""
+    return tuple(plane_value(side, COUNTS) for side in random_maps(sum(COUNTS), (1, 6, 6), dtype, scale))
+
+
 def maps_of(sides: tuple[Tensor, ...]) -> tuple[Value, ...]:
     return tuple(map_value(side) for side in sides)
 
@@ -89,6 +110,10 @@ DRAWN: dict[Kind, dict[str, tuple[Value, ...]]] = {
         "large": vectors(torch.float32, 300.0),
         "one class": vectors(torch.float32, width=1),
         "no rows": tuple(vector_value(torch.zeros(0, 4), [0, 0]) for _ in "ST"),
+    },
+    PLANE: {
+        "float64": planes(torch.float64),
+        "saturated": planes(torch.float32, 30.0),
     },
     BOXES: {
         "float32": tuple(map(boxes_value, random_boxes(torch.float32))),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from distill_outputs import counted_steps, leaves, spec_of
+from distill_outputs import MASK, counted_steps, leaves, spec_of
 from torch import Tensor
 
 from autodet.data import Batch, Loader
@@ -65,7 +65,8 @@ def test_every_familys_cached_answer_equals_a_computed_one(family: str, tiny_bat
     assert_same(first, computed)
     assert_same(cached(tiny_batch), computed)
     halved = {name.split()[0] for name, tensor in tensors(first).items() if tensor.dtype == torch.float16}
-    assert halved == {"features", "logits", "corners", *(["sides"] if other.spec.traits.distributions else [])}
+    sides, masks = other.spec.traits.distributions, other.spec.masks
+    assert halved == {"features", "logits", "corners", *(["sides"] if sides else []), *(["masks"] if masks else [])}
     for name in inputs:
         kept, exact = (
             INPUTS[name].pairs(computed, answer) for answer in (cached.asked_for([name])(tiny_batch), computed)
@@ -109,6 +110,24 @@ def test_without_a_cache_only_the_needed_steps_run_once(
     calls = counted_steps(monkeypatch, detector)
     Teacher(detector, asked)(tiny_batch)
     assert calls == dict.fromkeys(steps, 1)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_masks_are_had_only_where_they_are_asked_for(
+    tiny_batch: Batch, tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    masked = build(spec_of("mask_rcnn"))
+    teacher = Teacher(masked, INPUTS, tmp_path if kept else None)
+    whole = teacher(tiny_batch).regions
+    assert whole is not None and whole.masks is not None
+    assert tuple(whole.masks.shape) == (len(whole.class_logits), MASK, MASK)
+    alone = teacher.asked_for(["logits.mask"])(tiny_batch)
+    assert alone.features == {} and alone.logits is None and alone.regions is not None
+    assert torch.equal(whole.masks, alone.regions.masks if alone.regions.masks is not None else torch.zeros(0))
+    calls = counted_steps(monkeypatch, masked)
+    without = teacher.asked_for(["logits.roi"])(tiny_batch).regions
+    assert without is not None and without.masks is None and calls["region_masks"] == 0
 
 
 def test_two_teachers_share_their_files(

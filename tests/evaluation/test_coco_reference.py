@@ -1,14 +1,17 @@
 """All twelve numbers against pycocotools used in its own documented way, on random detections."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from autodet.evaluation import Detection, evaluate_detections, per_category_ap
+from autodet.evaluation.coco_ap import IouType
 from autodet.records import METRIC_NAMES
 
 CATEGORIES = (2, 17, 90)
@@ -52,31 +55,59 @@ def random_detections(rng: np.random.Generator, truth: dict[str, Any]) -> list[D
     return found
 
 
-def direct(truth: dict[str, Any], detections: list[Detection]) -> Any:
+def with_masks(truth: dict[str, Any], detections: list[Detection], rng: np.random.Generator) -> list[Detection]:
+    """Give every object a polygon or run lengths (an ellipse in its box), in place, and every detection an ellipse."""
+    for number, entry in enumerate(truth["annotations"]):
+        x, y, width, height = entry["bbox"]
+        ellipse = elliptic(x, y, x + width, y + height)
+        entry["area"] = float(coco_mask.area(ellipse))
+        turns = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+        corners = np.stack([x + width / 2 * (1 + np.cos(turns)), y + height / 2 * (1 + np.sin(turns))], axis=1)
+        entry["segmentation"] = ellipse if entry["iscrowd"] or number % 3 == 0 else [corners.flatten().tolist()]
+    return [
+        replace(found, masks=[elliptic(*(box + rng.normal(0, 1, 4)).tolist()) for box in found.boxes])
+        for found in detections
+    ]
+
+
+def elliptic(x1: float, y1: float, x2: float, y2: float) -> dict[str, Any]:
+    """The run-length code of an ellipse in an image of 400×300."""
+    y, x = np.mgrid[0:300, 0:400] + 0.5
+    radii = max((x2 - x1) / 2, 0.5), max((y2 - y1) / 2, 0.5)
+    inside = ((x - (x1 + x2) / 2) / radii[0]) ** 2 + ((y - (y1 + y2) / 2) / radii[1]) ** 2 <= 1
+    code: dict[str, Any] = coco_mask.encode(np.asfortranarray(inside.astype(np.uint8)))
+    return code
+
+
+def direct(truth: dict[str, Any], detections: list[Detection], iou_type: IouType = "bbox") -> Any:
     """A COCOeval as pycocotools' own example makes it."""
     coco = COCO()
     coco.dataset = copy.deepcopy(truth) | {"info": {}}
     coco.createIndex()
-    results = [
-        {"image_id": d.image_id, "category_id": int(c), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(s)}
-        for d in detections
-        for (x1, y1, x2, y2), s, c in zip(d.boxes.tolist(), d.scores, d.category_ids, strict=True)
-    ]
-    evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+    results = []
+    for d in detections:
+        for i, (x1, y1, x2, y2) in enumerate(d.boxes.tolist()):
+            entry = {"image_id": d.image_id, "category_id": int(d.category_ids[i]), "score": float(d.scores[i])}
+            shape = {"bbox": [x1, y1, x2 - x1, y2 - y1]} if d.masks is None else {"segmentation": d.masks[i]}
+            results.append(entry | shape)
+    evaluation = COCOeval(coco, coco.loadRes(results), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 @pytest.mark.parametrize("sides", [SIDES, (60,), (12, 150)])
 @pytest.mark.parametrize("seed", range(4))
-def test_all_twelve_numbers_equal_direct_use(seed: int, sides: tuple[int, ...]) -> None:
+def test_all_twelve_numbers_equal_direct_use(seed: int, sides: tuple[int, ...], iou_type: IouType) -> None:
     rng = np.random.default_rng(seed)
     truth = random_truth(rng, sides)
     detections = random_detections(rng, truth)
-    evaluation = direct(truth, detections)
-    metrics = evaluate_detections(truth, detections).to_json()
+    if iou_type == "segm":
+        detections = with_masks(truth, detections, rng)
+    evaluation = direct(truth, detections, iou_type)
+    metrics = evaluate_detections(truth, detections, iou_type).to_json()
     assert len(METRIC_NAMES) == len(evaluation.stats) == 12
     for name, value in zip(METRIC_NAMES, evaluation.stats, strict=True):
         assert metrics[name] == (None if value == -1 else pytest.approx(value, abs=1e-12)), name
@@ -85,7 +116,7 @@ def test_all_twelve_numbers_equal_direct_use(seed: int, sides: tuple[int, ...]) 
     for index, category in enumerate(CATEGORIES):
         values = evaluation.eval["precision"][:, :, index, 0, 2]
         expected = None if (values == -1).all() else pytest.approx(values[values > -1].mean(), abs=1e-12)
-        assert per_category_ap(truth, detections)[category] == expected
+        assert per_category_ap(truth, detections, iou_type)[category] == expected
 
 
 def test_every_image_may_be_given_in_any_order() -> None:

@@ -138,6 +138,32 @@ def test_pictures_show_what_is_printed(
             assert min(picture.size) > 100
 
 
+def test_masks_are_drawn_at_the_size_of_the_image(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "masks.safetensors"
+    detector = stirred(small_spec("mask_rcnn", LABELS))
+    save_detector(path, detector)
+    panels: list[Panel] = []
+
+    def draw(rows: Sequence[Sequence[Panel]], names: Mapping[int, str]) -> Figure:
+        panels.append(rows[0][0])
+        return draw_detections(rows, names)
+
+    monkeypatch.setattr(predict, "draw_detections", draw)
+    arguments = [str(path), images[0], "--output", str(tmp_path / "pictures"), "--threshold", str(THRESHOLD)]
+    assert predict.main(arguments) == 0
+    (panel,) = panels
+    assert len(rows_of(capsys.readouterr().out)) == len(panel.boxes) > 5
+    assert panel.masks is not None and panel.masks.shape == (len(panel.boxes), SIZE[1], SIZE[0]) and panel.masks.any()
+    small = predict.prepared(Image.open(images[0]).convert("RGB"), detector.spec)
+    found = detect(detector, [small])[0]
+    sure = found["scores"] >= THRESHOLD
+    ours, theirs = panel.masks.sum((1, 2)) / (SIZE[0] * SIZE[1]), (found["masks"][sure] > 0.5).float().mean((1, 2, 3))
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=0.02)  # the same share of the picture
+
+
 def test_labels_that_the_spec_does_not_know_are_left_out() -> None:
     spec = small_spec("retinanet", LABELS)
 

@@ -176,6 +176,8 @@ def test_a_finished_search_is_extended(search_run: Path, tmp_path: Path) -> None
         (["--teacher", "broken.safetensors"], "broken.safetensors"),
         (["--teacher", "other.safetensors", "--inputs", "logits.roi"], "different labels"),
         (["--family", "fcos", "--inputs", "global", "logits.roi"], "no second stage"),
+        (["--inputs", "global", "logits.mask"], "has no mask branch"),
+        (["--family", "mask_rcnn"], "train: expected a mask of every object"),
         (["--student", "faster_rcnn nonsense labels=[]"], "nonsense"),
         (["--resume", "nowhere"], "nowhere"),
         (["--output", "taken"], "holds a run already"),
@@ -201,6 +203,7 @@ def test_a_mistake_is_one_clear_line_and_code_2(
     for split in ("train", "val", "test"):
         content = json.loads((data / f"{split}.json").read_text())
         content["categories"][0]["name"] = "cell"
+        del content["annotations"][0]["segmentation"]
         (data / f"{split}.json").write_text(json.dumps(content))
     shutil.copyfile(teacher_file, tmp_path / "other.safetensors")
     Ledger.create(tmp_path / "taken", {}).close()

@@ -232,7 +232,7 @@ def test_a_formulas_terms_that_cannot_be_compared_are_left_out(tmp_path: Path, t
     assert usable_formula(Formula(()), base, tmp_path / "pool") == Formula(())
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "fcos"])
+@pytest.mark.parametrize("family", ["faster_rcnn", "fcos", "mask_rcnn"])
 def test_a_pool_sees_what_the_base_sees_and_all_inputs_can_be_searched(
     family: str, tmp_path: Path, tiny_spec: DetectorSpec
 ) -> None:

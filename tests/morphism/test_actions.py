@@ -11,7 +11,6 @@ import torch
 from detector_cases import batch, families, small_spec, stirred
 
 from autodet.detectors import Arch, Detector, build, detect
-from autodet.detectors.traits import TRAITS
 from autodet.morphism.actions import (
     ACTIONS,
     ALL,
@@ -43,13 +42,22 @@ def drawn(parent: Detector, names: Sequence[str], seeds: range) -> list[Action]:
 @families
 def test_every_kind_is_drawn_prints_and_parses(family: str) -> None:
     found = drawn(parent_of(family), ALL, range(300))
-    impossible = {"remove_head_layer"} if TRAITS[family].two_stage else {"prune_head", "keep_proposals"}
-    expected = set(ALL) - impossible
+    spec = small_spec(family)
+    impossible = {"remove_head_layer"} if spec.two_stage else {"prune_head", "keep_proposals"}
+    expected = set(ALL) - impossible - (set() if spec.masks else {"prune_mask_head"})
     assert {action.name for action in found} == expected
     for action in found:
         assert Action.parse(str(action)) == action
     assert parse_actions(actions_text(found[:3])) == tuple(found[:3])
     assert parse_actions(KEEP) == () and actions_text(()) == KEEP
+
+
+def test_what_only_detectors_with_masks_can_undergo_changes_no_other_ones_draws() -> None:
+    spec, names = small_spec("faster_rcnn"), [name for name in ALL if name != "prune_mask_head"]
+    for seed in range(20):
+        one, other = (draw_action(spec, random.Random(seed), STEPS, each) for each in (ALL, names))
+        assert one == other
+    assert draw_action(spec, random.Random(0), STEPS, ["prune_mask_head"]) is None
 
 
 def test_sizes_and_proposals_go_by_one_step() -> None:

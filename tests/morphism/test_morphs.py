@@ -15,13 +15,13 @@ from torch import nn
 
 from autodet.detectors import Arch, Detector, build, detect
 from autodet.detectors.channels import channel_groups
-from autodet.detectors.dims import group_of, size_of
+from autodet.detectors.dims import Groups, group_of, made_axis, size_of
 from autodet.detectors.spec import FAMILIES
 from autodet.evaluation import count_macs, count_params
 from autodet.morphism.blocks import add_block, move_boundary, remove_block, remove_head_layer
 from autodet.morphism.importance import block_importance, channel_importance
 from autodet.morphism.morph import Morph, MorphError
-from autodet.morphism.pruning import prune_head, prune_inner, prune_neck, prune_stage
+from autodet.morphism.pruning import prune_head, prune_inner, prune_mask_head, prune_neck, prune_stage
 from autodet.morphism.widening import widen_inner, widen_stage
 
 # Basic blocks whose stem is added to stage 1, ones whose is not, and bottlenecks.
@@ -80,12 +80,14 @@ def carry(morph: Morph, parent: Detector) -> Detector:
 def mask(detector: Detector, morph: Morph) -> None:
     """Silence, in place, the channels that a morph leaves out: filters, biases, and the norms after them."""
     for name, tensor in detector.model.state_dict().items():
-        made = channel_groups(detector.spec).get(name, (None,))[0]
+        dims: Groups = channel_groups(detector.spec).get(name, (None,))
+        axis = made_axis(dims)
+        made, filters = dims[axis], tensor.transpose(0, axis) if axis else tensor
         if made is None or "running" in name or group_of(made) not in morph.picks:
             continue
-        gone = set(range(len(tensor) // size_of(made))) - set(morph.picks[group_of(made)].tolist())
+        gone = set(range(len(filters) // size_of(made))) - set(morph.picks[group_of(made)].tolist())
         for channel in gone:
-            tensor[channel * size_of(made) : (channel + 1) * size_of(made)] = 0
+            filters[channel * size_of(made) : (channel + 1) * size_of(made)] = 0
 
 
 @kinds
@@ -119,6 +121,20 @@ def test_pruning_the_head_of_regions_equals_masking() -> None:
     child = carry(morph, parent)
     mask(parent, morph)
     assert_same_detections(detect(child, images), detect(parent, images))
+
+
+def test_pruning_the_mask_head_equals_masking() -> None:
+    parent = detector_of("mask_rcnn", "tied")
+    images, _ = batch()
+    morph = prune_mask_head(parent.spec, parent.model.state_dict(), random.Random(0), 8)
+    assert set(morph.picks) == {"mask.0", "mask.1", "mask.up"}
+    child = carry(morph, parent)
+    assert count_params(child.model) < count_params(parent.model)
+    before = detect(parent, images)
+    mask(parent, morph)
+    expected = detect(parent, images)
+    assert not all(torch.allclose(a["masks"], b["masks"]) for a, b in zip(before, expected, strict=True))
+    assert_same_detections(detect(child, images), expected)
 
 
 @pytest.mark.parametrize("groups", [0, 4])

@@ -48,6 +48,7 @@ class Step:
     teacher: str | None = TEACHERS[0]
     cause: str | None = None
     rejected: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    mask_ap: float | None = None
 
     def asked(self) -> dict[str, Any]:
         """The payload of the asked event."""
@@ -69,7 +70,8 @@ class Step:
     def told(self) -> dict[str, Any]:
         """The payload of the told event."""
         more = {"epochs": 0 if self.parent is None else 6, "seconds": 90.0, "weights": "cd" * 32}
-        return {"status": self.status, "ap": self.ap, "cause": self.cause, **more}
+        told = {"status": self.status, "ap": self.ap, "cause": self.cause, **more}
+        return told | ({} if self.mask_ap is None else {"metrics": {"ap": self.ap, "mask_ap": self.mask_ap}})
 
 
 def base(ap: float | None = 0.31, status: str | None = "completed", cause: str | None = None) -> Step:

@@ -14,9 +14,11 @@ def asked(formula: str, phase: str = "divide", group: str = "global", **more: An
     return {"candidate": candidate, "phase": phase, "group": group, "origin": "random", **more}
 
 
-def told(ap: float | None, status: str = "completed", **more: Any) -> dict[str, Any]:
+def told(ap: float | None, status: str = "completed", mask_ap: float | None = None, **more: Any) -> dict[str, Any]:
     """The payload of a told event."""
     metrics = None if ap is None else {"ap": ap, "ap50": ap + 0.2}
+    if metrics is not None and mask_ap is not None:
+        metrics["mask_ap"] = mask_ap
     return {"status": status, "ap": ap, "metrics": metrics, "epochs": 3, "seconds": 2.0, **more}
 
 

@@ -15,8 +15,13 @@ from autodet.results.frame import (
     paired_differences,
     rank_agreement,
     read_events,
+    read_records,
     read_run,
 )
+from autodet.results.live import live_text
+from autodet.results.report import write_report
+
+FOUND = "global: l2 * 1"
 
 
 def test_running_run_is_read_while_its_writer_writes(tmp_path: Path) -> None:
@@ -66,6 +71,34 @@ def test_leaderboard_is_the_mean_over_runs(tmp_path: Path) -> None:
     assert board["ap"].tolist() == pytest.approx([0.45, 0.42, 0.30])
     assert board["high"].iloc[1] - board["ap"].iloc[1] == pytest.approx(12.7062 * 0.02, rel=1e-4)
     assert len(leaderboard(read_run(tmp_path), 1)) == 1
+
+
+def masked_run(folder: Path) -> None:
+    """Two runs of one formula and a control, whose masks were measured, and a failure."""
+    with Ledger.create(folder, {}) as ledger:
+        steps = [(FOUND, told(0.4, mask_ap=0.3)), (FOUND, told(0.5, mask_ap=0.34)), ("none", told(0.2, mask_ap=0.1))]
+        for id, (formula, result) in enumerate([*steps, (FOUND, told(None, "failed", cause="lost"))]):
+            ledger.append("asked", id, asked(formula, "compare", formula.split(":")[0], replicate=id % 2))
+            ledger.append("told", id, result)
+
+
+def test_masks_stand_beside_boxes_only_where_they_were_measured(tmp_path: Path) -> None:
+    masked_run(tmp_path / "masks")
+    search_run(tmp_path / "boxes")
+    frame, plain = read_run(tmp_path / "masks"), read_run(tmp_path / "boxes")
+    assert set(frame.columns) - set(plain.columns) >= {"mask_ap", "mask_ap50"} and frame["mask_ap50"].isna().all()
+    assert frame["mask_ap"].dtype == "float64" and frame["mask_ap"].isna().tolist() == [False, False, False, True]
+    board = leaderboard(frame)
+    assert board["formula"].tolist() == [FOUND, "none"]  # by the AP of boxes
+    assert board["mask_ap"].tolist() == pytest.approx([0.32, 0.1])
+    compared = paired_differences(frame, "none").set_index("arm")["mask_ap"]
+    assert compared.to_dict() == pytest.approx({"global": 0.32, "none": 0.1})
+    for table in (leaderboard(plain), paired_differences(plain, "control")):
+        assert "mask_ap" not in table
+    report, boxes = (write_report(tmp_path / name).read_text() for name in ("masks", "boxes"))
+    assert "mask AP" in report and "32.0" in report and "mask AP" not in boxes
+    shown = live_text(tmp_path / "masks", read_records(tmp_path / "masks"), 0.0)
+    assert "AP 0.5000, masks 0.3400" in shown
 
 
 def test_found_formula_is_chosen_among_equals_once_finals_ran(tmp_path: Path) -> None:

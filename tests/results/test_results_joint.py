@@ -48,6 +48,14 @@ def test_front_shows_all_completed_candidates_and_the_lineage(searched: list[Rec
     assert {"base", f"derived ({derived})", "base, same settings"} <= set(texts(figure))
 
 
+def test_a_lineage_of_detectors_with_masks_tells_their_ap_beside_that_of_boxes(tmp_path: Path) -> None:
+    masked = [replace(step, mask_ap=None if step.ap is None else step.ap - 0.05) for step in small_search()]
+    page = write_joint_report(joint_run(tmp_path / "masks", masked), 3).read_text()
+    plain = write_joint_report(joint_run(tmp_path / "boxes", small_search()), 3).read_text()
+    assert ">mask AP</th>" in page and "derived: AP 35.0, masks 30.0" in page
+    assert ">mask AP</th>" not in plain and "derived: AP 35.0, ratio" in plain
+
+
 def test_a_front_by_macs_is_drawn_by_macs(tmp_path: Path) -> None:
     run = joint_run(tmp_path / "run", small_search(), {"script": "upgrade_detector", "options": {"front": "macs_g"}})
     records = records_of(small_search())

@@ -95,6 +95,14 @@ def test_frame_has_the_numbers_of_the_records() -> None:
     assert frame.loc[[0, 4, 5, 6], "gain"].isna().all() and frame["parent"].isna().tolist() == [True] + [False] * 6
 
 
+def test_masks_have_a_column_of_their_own_where_they_were_measured() -> None:
+    steps = small_search()
+    steps[3] = replace(steps[3], mask_ap=0.28)
+    frame = joint_frame(records_of(steps)).set_index("id")
+    assert frame.loc[3, "mask_ap"] == 0.28 and frame["mask_ap"].notna().sum() == 1
+    assert front(records_of(steps)) == front(records_of(steps)) != [] and "mask_ap" not in COLUMNS
+
+
 def test_the_base_is_named_and_has_no_teacher() -> None:
     records = records_of(small_search())
     first = base_of(reversed(records))

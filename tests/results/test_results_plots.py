@@ -10,7 +10,7 @@ from results_runs import asked, comparison_run, search_run, told
 
 from autodet.ledger import Ledger
 from autodet.results import plots
-from autodet.results.detections import Panel, draw_detections, place_tags
+from autodet.results.detections import TINT, Panel, draw_detections, place_tags, tinted
 from autodet.results.frame import paired_differences, rank_agreement, read_records, read_run
 
 
@@ -106,6 +106,20 @@ def test_detections_side_by_side(classes: int) -> None:
     assert texts[2] == (["0.90", "0.50"] if classes == 2 else ["class 12 0.90", "class 1 0.50"])
     assert texts[1] == [] and len(figure.axes) == 6
     assert size_of(plots.to_png(figure))[0] > 900
+
+
+def test_masks_are_blended_in_by_the_colour_of_their_class_the_surest_last() -> None:
+    image = np.full((4, 6, 3), 200, np.uint8)
+    masks = np.zeros((2, 4, 6), dtype=bool)
+    masks[0, :, :4], masks[1, :, 2:5] = True, True
+    panel = Panel("found", image, np.zeros((2, 4)), np.array([2, 1]), np.array([0.9, 0.5], np.float32), masks)
+    pixels = tinted(panel, {1: 0, 2: 1})
+    first, second = ((1 - TINT) * 200 + TINT * np.array(colour) for colour in ((213, 94, 0), (0, 114, 178)))
+    np.testing.assert_allclose(pixels[:, :4], np.broadcast_to(second, (4, 4, 3)), atol=1)
+    np.testing.assert_allclose(pixels[:, 4], np.broadcast_to(first, (4, 3)), atol=1)
+    assert (pixels[:, 5] == 200).all() and (image == 200).all()
+    none = Panel("found", image, np.zeros((0, 4)), np.zeros(0, np.int64), masks=np.zeros((0, 4, 6), dtype=bool))
+    assert np.array_equal(tinted(none, {}), image)
 
 
 def test_rows_of_detections_must_be_alike() -> None:

@@ -65,10 +65,14 @@ def stir(model: nn.Module) -> None:
                 tensor.uniform_(0.5, 1.5)
             elif name.endswith("running_mean"):
                 tensor.uniform_(-0.5, 0.5)
+            elif "conv_offset" in name:
+                tensor.normal_(std=0.3)
             elif name.startswith("backbone.body.") and tensor.dim() == 1 and name.endswith("weight"):
                 tensor.uniform_(0.2, 0.6)  # keeps the maps of a deep body from growing
             elif not name.startswith("backbone.body.") and tensor.dim() > 1:
-                gain = 0.5 if "bbox_" in name else 0.1 if "cls_score" in name else 2.0  # no class always wins
+                gain = (
+                    0.5 if "bbox_" in name or "_points." in name else 0.1 if "cls_score" in name else 2.0
+                )  # no class always wins
                 tensor.normal_(std=gain / tensor[0].numel() ** 0.5)
             elif "cls_logits" in name:
                 tensor.uniform_(-0.5, 0.5)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodet.detectors import faster_rcnn, fcos, retinanet
+from autodet.detectors import faster_rcnn, fcos, reppoints, retinanet
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.steps import Detector, Family, Target
 from autodet.detectors.weights import load_strict, load_weights, metadata_of, save_weights
@@ -18,6 +18,7 @@ from autodet.detectors.weights import load_strict, load_weights, metadata_of, sa
 # A family whose models are also those of another, or whose weights hold the other's, comes first.
 FAMILY_OF: Mapping[str, Family] = {
     "faster_rcnn": faster_rcnn.FAMILY,
+    "reppoints": reppoints.FAMILY,
     "retinanet": retinanet.FAMILY,
     "fcos": fcos.FAMILY,
 }

@@ -74,7 +74,11 @@ class Detector(Protocol):
     """A family's adapter around its plain model. ``model.state_dict()`` has the plain model's parameter names."""
 
     spec: DetectorSpec
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain model."""
+        ...
 
     def preprocess(self, images: list[Tensor], targets: list[Target] | None = None) -> Inputs:
         """Images 3×h×w in [0, 1] (and targets in their pixels) → one padded batch."""

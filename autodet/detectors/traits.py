@@ -44,10 +44,17 @@ _FCOS: Final[Mapping[str, Any]] = {
     "score_threshold": 0.2,
     "nms_threshold": 0.6,
 }
+_REPPOINTS: Final[Mapping[str, Any]] = {
+    "anchor_sizes": (32, 64, 128, 256, 512),
+    "anchor_ratios": (1.0,),
+    "head_depth": 3,
+    "head_groups": 32,
+}
 _ONE_ANCHOR: Final[Mapping[str, Any]] = {"anchor_octaves": 1, "anchor_ratios": (1.0,)}
 
 TRAITS: Final[Mapping[str, Traits]] = {
     "faster_rcnn": Traits(True, ("pool",), fixed={"anchor_octaves": 1}),
     "retinanet": Traits(False, ("neck", "body"), {**_ONE_STAGE, "anchor_octaves": 3, "detections": 300}, layers=4),
     "fcos": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_FCOS}, _ONE_ANCHOR, grouped=True, reach=FCOS_REACH),
+    "reppoints": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_REPPOINTS}, _ONE_ANCHOR, grouped=True),
 }

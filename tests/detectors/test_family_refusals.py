@@ -28,6 +28,7 @@ from autodet.detectors import (
     build,
     standard_spec,
 )
+from autodet.detectors.spec import FAMILIES
 
 
 @families
@@ -42,7 +43,7 @@ def test_a_wrong_number_of_labels_is_refused(family: str, labels: tuple[tuple[in
 def test_another_kind_of_model_is_refused() -> None:
     with torch.device("meta"):
         model = resnet18()
-    with pytest.raises(SpecError, match=r"Expected a model among FasterRCNN, RetinaNet, FCOS.*, found ResNet"):
+    with pytest.raises(SpecError, match=r"Expected a model among FasterRCNN, .*RetinaNet, FCOS.*, found ResNet"):
         adapt(model, LABELS)
 
 
@@ -76,6 +77,10 @@ def test_no_family_can_have(family: str, change: dict[str, Any], reason: str) ->
         ("fcos", {"anchor_ratios": (0.5, 1.0)}, "anchor_ratios is .0.5, 1.0., but always"),
         ("fcos", {"anchor_octaves": 3}, "anchor_octaves is 3, but always 1"),
         ("fcos", {"head_groups": 0}, "has group norms: head_groups is 0"),
+        ("reppoints", {"anchor_ratios": (0.5, 1.0)}, "anchor_ratios is .0.5, 1.0., but always"),
+        ("reppoints", {"head_groups": 0}, "the head of a reppoints has group norms: head_groups is 0"),
+        ("reppoints", {"points": 16}, "points is 16, expected the square of an odd number, one of 9, 25, 49"),
+        ("reppoints", {"points": 1}, "points is 1, expected the square of an odd number"),
         ("fcos", {"top": "pool"}, "top 'pool' is none of neck, body, which a fcos may have"),
         ("retinanet", {"top": "pool"}, "top 'pool' is none of neck, body"),
         ("retinanet", {"head_depth": 5}, "head_depth 5 is above a retinanet's 4"),
@@ -91,7 +96,7 @@ def test_a_family_cannot_have(family: str, change: dict[str, Any], reason: str) 
 
 
 def test_an_unknown_family_has_no_standard_spec() -> None:
-    with pytest.raises(SpecError, match="family among faster_rcnn, retinanet, fcos, found 'yolo'"):
+    with pytest.raises(SpecError, match=f"family among {', '.join(FAMILIES)}, found 'yolo'"):
         standard_spec("yolo", Arch.resnet18(), ONE)
 
 

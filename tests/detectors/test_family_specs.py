@@ -76,6 +76,7 @@ OWN: dict[str, dict[str, Any]] = {
     "faster_rcnn": {"rpn_depth": 2, "anchor_ratios": (0.5, 1.5), "head_width": 24, "roi_size": 5, "roi_sampling": 1},
     "retinanet": {"anchor_octaves": 2, "anchor_ratios": (1.0,), "box_loss": "giou", "head_groups": 8, "head_depth": 3},
     "fcos": {"head_groups": 2, "head_depth": 1, "candidates": 7},
+    "reppoints": {"head_groups": 2, "head_depth": 1, "points": 25, "anchor_sizes": (8, 20, 30, 60, 90)},
 }
 VARIANTS += [pytest.param(small_spec(family, **OWN[family]), id=f"{family}, its own fields") for family in OWN]
 

@@ -214,7 +214,7 @@ def plain_head(model: Any, maps: list[Tensor]) -> dict[str, Tensor]:
         return {"logits": logits.view(len(maps[0]), -1, 1), "deltas": deltas.view(len(maps[0]), -1, 4)}
     output = model.head(maps)
     names = {"cls_logits": "logits", "bbox_regression": "deltas", "bbox_ctrness": "centerness"}
-    return {names[name]: value for name, value in output.items()}
+    return {names.get(name, name): value for name, value in output.items()}
 
 
 def shifted_and_scaled(deltas: Tensor, anchors: Tensor) -> Tensor:
@@ -232,10 +232,17 @@ def distances(deltas: Tensor, anchors: Tensor) -> Tensor:
     return centre + deltas * size * deltas.new_tensor([-1, -1, 1, 1])
 
 
+def pixels(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Distances in pixels from the anchor's centre to the left, upper, right and lower side."""
+    centre = (anchors[..., :2] + anchors[..., 2:]) / 2
+    return torch.cat([centre - deltas[..., :2], centre + deltas[..., 2:]], dim=-1)
+
+
 HAND_DECODED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "faster_rcnn": shifted_and_scaled,
     "retinanet": shifted_and_scaled,
     "fcos": distances,
+    "reppoints": pixels,
 }
 
 

@@ -96,6 +96,7 @@ def test_between_families_only_the_neck_is_copied(student: str, teacher: str) ->
         ("faster_rcnn", "roi_heads.box_predictor."),  # the proposal network knows no labels
         ("retinanet", "head.classification_head.cls_logits."),
         ("fcos", "head.classification_head.cls_logits."),
+        ("reppoints", "head.classification_head.cls_logits."),
     ],
 )
 def test_between_other_labels_the_layers_that_name_them_are_left(family: str, own: str) -> None:

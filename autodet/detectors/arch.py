@@ -1,14 +1,15 @@
 """`Arch`: the body of a detector, any member of the ResNet family, as a small value with a text form.
 
-Text: ``<block>[g<groups>]-<stem>:<stage>-<stage>-<stage>-<stage>`` with stages ``<width>x<blocks>``, each followed by
-the blocks' inner widths in parentheses where they are not the default: one number for all blocks or one a block.
-``basic-64:64x2-128x2-256x2-512x2`` is ResNet-18, ``bottleneck[g32]-64:256x3(128)-512x4(256)-…`` a ResNeXt-50.
+Text: ``<block>[g<groups>,d<stages>]-<stem>:<stage>-<stage>-<stage>-<stage>`` with stages ``<width>x<blocks>``, each
+followed by the blocks' inner widths in parentheses where they are not the default: one number for all blocks or one a
+block. ``basic-64:64x2-128x2-256x2-512x2`` is ResNet-18, ``bottleneck[g32]-64:256x3(128)-512x4(256)-…`` a ResNeXt-50,
+and with ``[g32,d3]`` one whose last three stages are deformable (``[d3]`` without groups).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Literal, NoReturn, cast, get_args
@@ -20,7 +21,9 @@ from autodet.detectors.arch_text import TextError, TextReader
 BlockKind = Literal["basic", "bottleneck"]
 BLOCKS: Final[tuple[BlockKind, ...]] = get_args(BlockKind)
 STAGES: Final = 4  # C2 to C5 at strides 4, 8, 16, 32: what a feature pyramid reads
-JSON_VERSION: Final = 1
+JSON_VERSION: Final = 2
+DEFORMABLE_SINCE: Final = 2  # version of the field; files of the first have none, and no deformable stages
+OFFSETS: Final = 18  # of a 3×3 kernel's places, down and across
 WIDTH_STEP: Final = 8  # scaled widths are multiples of this: odd widths waste vector units
 READ: Final = 1 << 12  # texts whose bodies are remembered: the students of a search have many in common
 BOTTLENECK_RATIO: Final = 4  # a bottleneck's default inner width is its output width over this
@@ -51,6 +54,9 @@ class Stage:
 class Arch:
     """A ResNet-family body (He et al. 2016, Xie et al. 2017): kind of block, stem width, four stages, groups.
 
+    deformable: so many of the last stages have deformable convolutions (Dai et al. 2017) as their blocks' ``conv2``: a
+    bottleneck's 3×3 convolution; a basic block's second one [ours].
+
     The first block of stages 2–4 halves the resolution. A block has a projection on its shortcut (torchvision's
     ``downsample``) exactly where it halves the resolution or its input and output widths differ. So a stage 1 of basic
     blocks as wide as the stem, as in ResNet-18, has none, and changing that width adds one.
@@ -61,6 +67,7 @@ class Arch:
     stem: int
     stages: tuple[Stage, ...]
     groups: int = 1
+    deformable: int = 0
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -77,9 +84,13 @@ class Arch:
         """Blocks of the stages."""
         return tuple(stage.depth for stage in self.stages)
 
+    def is_deformable(self, stage: int) -> bool:
+        """Whether the blocks of a stage, 1–4, have deformable convolutions."""
+        return stage > STAGES - self.deformable
+
     def __str__(self) -> str:
-        groups = f"[g{self.groups}]" if self.groups > 1 else ""
-        return f"{self.block}{groups}-{self.stem}:" + "-".join(_stage_text(self.block, stage) for stage in self.stages)
+        blocks = blocks_text(self.block, self.groups, self.deformable)
+        return f"{blocks}-{self.stem}:" + "-".join(_stage_text(self.block, stage) for stage in self.stages)
 
     @classmethod
     def parse(cls, text: str) -> Arch:
@@ -97,31 +108,33 @@ class Arch:
             "block": self.block,
             "stem": self.stem,
             "groups": self.groups,
+            "deformable": self.deformable,
             "stages": stages,
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Arch:
-        """The inverse of ``to_json``; ArchError where fields are unknown, missing, or of another version."""
+        """The inverse of ``to_json``, and of former versions; ArchError where fields are unknown or missing."""
+        version = values.get("version")
+        if not isinstance(version, int) or not 1 <= version <= JSON_VERSION:
+            raise ArchError(f"Expected a version up to {JSON_VERSION}, found {version!r}: written by another release.")
         expected = {"version", "block", "stem", "groups", "stages"}
+        expected |= {"deformable"} if version >= DEFORMABLE_SINCE else set()
         if set(values) != expected:
             raise ArchError(f"Expected the fields {sorted(expected)}, found {sorted(values)}.")
-        if values["version"] != JSON_VERSION:
-            raise ArchError(
-                f"Expected version {JSON_VERSION}, found {values['version']!r}: written by another release."
-            )
         try:
             stages = tuple(Stage(stage["width"], tuple(stage["inner"])) for stage in values["stages"])
         except (TypeError, KeyError) as error:
             raise ArchError(f"Expected stages of 'width' and 'inner', found {values['stages']!r}.") from error
-        return cls(values["block"], values["stem"], stages, values["groups"])
+        return cls(values["block"], values["stem"], stages, values["groups"], values.get("deformable", 0))
 
     @classmethod
     def of_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "") -> Arch:
         """Read the architecture off the shapes of a torchvision-style ResNet state dict.
 
         prefix: what precedes ``conv1.weight``, such as ``backbone.body.`` in a torchvision detector. A classifier
-        (``fc``) is ignored. ArchError where keys are missing, or a shortcut's projection is not as the class says.
+        (``fc``) is ignored. ArchError where keys are missing, or a shortcut's projection is not as the class says, or
+        other convolutions are deformable than those of the last stages' blocks, or in another way.
         """
         return _of_state_dict(state, prefix)
 
@@ -199,6 +212,8 @@ def _problem(arch: Arch) -> str | None:
         return f"groups is {arch.groups!r}, expected an integer of at least 1"
     if arch.groups > 1 and arch.block == "basic":
         return f"basic blocks have no groups, found {arch.groups}; use bottleneck blocks"
+    if type(arch.deformable) is not int or not 0 <= arch.deformable <= STAGES:
+        return f"deformable is {arch.deformable!r}, expected the number of the last stages, 0 to {STAGES}"
     if not isinstance(arch.stages, tuple) or not all(isinstance(stage, Stage) for stage in arch.stages):
         return f"stages is {arch.stages!r}, expected a tuple of Stage"
     if len(arch.stages) != STAGES:
@@ -238,15 +253,25 @@ def _stage_text(block: BlockKind, stage: Stage) -> str:
     return text if stage.inner[0] == default_inner(block, stage.width) else f"{text}({stage.inner[0]})"
 
 
-def parse_blocks(reader: TextReader) -> tuple[BlockKind, int]:
-    """The beginning of a body's text: the kind of block and the number of groups, up to the stem's width."""
+def blocks_text(block: BlockKind, groups: int, deformable: int) -> str:
+    """The beginning of a body's text, up to the stem's width."""
+    options = [f"g{groups}"] * (groups > 1) + [f"d{deformable}"] * (deformable > 0)
+    return f"{block}[{','.join(options)}]" if options else block
+
+
+def parse_blocks(reader: TextReader) -> tuple[BlockKind, int, int]:
+    """The inverse of ``blocks_text``: the kind of block, the number of groups, and that of deformable stages."""
     block = cast(BlockKind, reader.word(BLOCKS, "the kind of block"))
-    groups = 1
-    if reader.skip("[g"):
-        groups = reader.number("the number of groups")
-        reader.expect("]", "']' after the groups")
+    groups, deformable = 1, 0
+    if reader.skip("["):
+        option = reader.word(("g", "d"), "groups or deformable stages")
+        if option == "g":
+            groups = reader.number("the number of groups")
+        if option == "d" or reader.skip(",d"):
+            deformable = reader.number("the number of deformable stages")
+        reader.expect("]", "']' after the numbers of groups and of deformable stages")
     reader.expect("-", "'-' and the stem's width")
-    return block, groups
+    return block, groups, deformable
 
 
 @lru_cache(maxsize=READ)
@@ -255,14 +280,14 @@ def _read(text: str) -> Arch:
 
 
 def _parse(reader: TextReader) -> Arch:
-    block, groups = parse_blocks(reader)
+    block, groups, deformable = parse_blocks(reader)
     stem = reader.number("the stem's width")
     reader.expect(":", "':' and the stages")
     stages = [_parse_stage(reader, block)]
     while reader.skip("-"):
         stages.append(_parse_stage(reader, block))
     reader.end("'-' and another stage, or the end")
-    return Arch(block, stem, tuple(stages), groups)
+    return Arch(block, stem, tuple(stages), groups, deformable)
 
 
 def _parse_stage(reader: TextReader, block: BlockKind) -> Stage:
@@ -316,7 +341,25 @@ def _of_state_dict(state: Mapping[str, Tensor], prefix: str) -> Arch:
         stages.append(Stage(width, tuple(inners)))
     if len(groups) > 1:
         _foreign(f"blocks have different numbers of groups, {sorted(groups)}")
-    return Arch(block, stem, tuple(stages), groups.pop())
+    depths = [stage.depth for stage in stages]
+    return Arch(block, stem, tuple(stages), groups.pop(), _deformable_stages(state, prefix, depths))
+
+
+def _deformable_stages(state: Mapping[str, Tensor], prefix: str, depths: Sequence[int]) -> int:
+    """How many of the last stages are deformable."""
+    blocks = [f"layer{number}.{index}" for number, depth in enumerate(depths, 1) for index in range(depth)]
+    names = {block: f"{block}.conv2.conv_offset.weight" for block in blocks}
+    deformed = [block for block in blocks if prefix + names[block] in state]
+    first = min((int(block[len("layer")]) for block in deformed), default=STAGES + 1)
+    plain = [block for block in blocks if int(block[len("layer")]) >= first and block not in deformed]
+    if plain:
+        _foreign(f"{deformed[0]} has a deformable convolution, but {plain[0]} has none; expected all blocks from there")
+    for block in deformed:
+        if (found := _shape(state, prefix, names[block])[0]) != OFFSETS:
+            _foreign(
+                f"{names[block]!r} makes {found} numbers, expected {OFFSETS}: one deformable group without modulation"
+            )
+    return STAGES + 1 - first
 
 
 def _shape(state: Mapping[str, Tensor], prefix: str, name: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autodet.detectors import cascade_rcnn, faster_rcnn, fcos, gfl, mask_rcnn, retinanet
+from autodet.detectors import cascade_rcnn, faster_rcnn, fcos, gfl, mask_rcnn, reppoints, retinanet
 from autodet.detectors.spec import FAMILIES, DetectorSpec, SpecError
 from autodet.detectors.steps import Detector, Family, Target
 from autodet.detectors.weights import load_strict, load_weights, metadata_of, save_weights
@@ -21,6 +21,7 @@ FAMILY_OF: Mapping[str, Family] = {
     "mask_rcnn": mask_rcnn.FAMILY,
     "faster_rcnn": faster_rcnn.FAMILY,
     "gfl": gfl.FAMILY,
+    "reppoints": reppoints.FAMILY,
     "retinanet": retinanet.FAMILY,
     "fcos": fcos.FAMILY,
 }

@@ -103,6 +103,8 @@ def _body_groups(arch: Arch) -> Named:
                 inner = f"{block}{conv}" if arch.groups == 1 else None
                 yield from normed(f"{block}{conv}", inner, inputs, f"{block}{conv.replace('conv', 'bn')}")
                 inputs = inner
+            if arch.is_deformable(number):  # the offsets read what their convolution reads
+                yield f"{block}conv2.conv_offset.weight", (None, f"{block}conv1" if arch.groups == 1 else None)
             last = "2" if arch.block == "basic" else "3"
             yield from normed(f"{block}conv{last}", outputs, inputs, f"{block}bn{last}")
             if index == 0 and (number > 1 or stem == "conv1"):

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from autodet.detectors.arch import Arch, Stage
+from autodet.detectors.arch import Arch
+from autodet.detectors.deformable import DeformableConv2d
 
 NormLayer = Callable[[int], nn.Module]  # channels → normalisation of an N×C×H×W map
 
@@ -35,14 +36,16 @@ def _frozen(channels: int, eps: float) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """3×3 to ``inner`` channels, 3×3 to ``width``, plus the shortcut."""
+    """3×3 to ``inner`` channels, 3×3 (the one that may be deformable) to ``width``, plus the shortcut."""
 
-    def __init__(self, before: int, inner: int, width: int, stride: int, norm: NormLayer) -> None:
+    def __init__(
+        self, before: int, inner: int, width: int, stride: int, norm: NormLayer, deformable: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, inner, 3, stride, padding=1, bias=False)
         self.bn1 = norm(inner)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(inner, width, 3, padding=1, bias=False)
+        self.conv2 = _convolution(inner, width, 1, 1, deformable)
         self.bn2 = norm(width)
         self.downsample = _projection(before, width, stride, norm)
 
@@ -63,11 +66,20 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1×1 to ``inner`` channels, 3×3 in groups, 1×1 to ``width``, plus the shortcut."""
 
-    def __init__(self, before: int, inner: int, width: int, stride: int, norm: NormLayer, groups: int = 1) -> None:
+    def __init__(
+        self,
+        before: int,
+        inner: int,
+        width: int,
+        stride: int,
+        norm: NormLayer,
+        groups: int = 1,
+        deformable: bool = False,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, inner, 1, bias=False)
         self.bn1 = norm(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=groups, bias=False)
+        self.conv2 = _convolution(inner, inner, stride, groups, deformable)
         self.bn2 = norm(inner)
         self.conv3 = nn.Conv2d(inner, width, 1, bias=False)
         self.bn3 = norm(width)
@@ -87,6 +99,13 @@ class Bottleneck(nn.Module):
         out += x if self.downsample is None else self.downsample(x)
         result: Tensor = self.relu(out)
         return result
+
+
+def _convolution(inputs: int, outputs: int, stride: int, groups: int, deformable: bool) -> nn.Module:
+    """A block's ``conv2``."""
+    if deformable:
+        return DeformableConv2d(inputs, outputs, stride, groups)
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
 
 
 def _projection(before: int, width: int, stride: int, norm: NormLayer) -> nn.Sequential | None:
@@ -110,10 +129,10 @@ class ResNetBody(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         before = (arch.stem, *arch.widths)
-        self.layer1 = _stage(arch, arch.stages[0], before[0], 1, norm)
-        self.layer2 = _stage(arch, arch.stages[1], before[1], 2, norm)
-        self.layer3 = _stage(arch, arch.stages[2], before[2], 2, norm)
-        self.layer4 = _stage(arch, arch.stages[3], before[3], 2, norm)
+        self.layer1 = _stage(arch, 1, before[0], 1, norm)
+        self.layer2 = _stage(arch, 2, before[1], 2, norm)
+        self.layer3 = _stage(arch, 3, before[2], 2, norm)
+        self.layer4 = _stage(arch, 4, before[3], 2, norm)
         _initialise(self, zero_init_residual)
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
@@ -125,21 +144,26 @@ class ResNetBody(nn.Module):
         return outputs
 
 
-def _stage(arch: Arch, stage: Stage, before: int, stride: int, norm: NormLayer) -> nn.Sequential:
+def _stage(arch: Arch, number: int, before: int, stride: int, norm: NormLayer) -> nn.Sequential:
+    stage, deformable = arch.stages[number - 1], arch.is_deformable(number)
     blocks: list[nn.Module] = []
     for inner in stage.inner:
         if arch.block == "basic":
-            blocks.append(BasicBlock(before, inner, stage.width, stride, norm))
+            blocks.append(BasicBlock(before, inner, stage.width, stride, norm, deformable))
         else:
-            blocks.append(Bottleneck(before, inner, stage.width, stride, norm, arch.groups))
+            blocks.append(Bottleneck(before, inner, stage.width, stride, norm, arch.groups, deformable))
         before, stride = stage.width, 1
     return nn.Sequential(*blocks)
 
 
 def _initialise(body: ResNetBody, zero_init_residual: bool) -> None:
-    """He et al. 2015, fan-out, as torchvision; normalisation layers start at scale 1 and shift 0 by themselves."""
+    """He et al. 2015, fan-out, as torchvision; normalisation layers start at scale 1 and shift 0 by themselves.
+
+    Offsets of deformable convolutions have started at zero.
+    """
+    offsets = {module.conv_offset for module in body.modules() if isinstance(module, DeformableConv2d)}
     for module in body.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module not in offsets:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
             scale = module.last_norm.weight

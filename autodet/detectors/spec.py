@@ -15,6 +15,7 @@ FAMILIES: Final = tuple(TRAITS)
 ABOVE: Final = {"pool": (64,), "neck": (64, 128), "body": (64, 128)}  # strides of the levels above the body's
 NORMS: Final = ("batch", "frozen")
 BOX_LOSSES: Final = ("l1", "smooth_l1", "ciou", "diou", "giou")  # those of torchvision's RetinaNet
+POINTS: Final = tuple(side**2 for side in (3, 5, 7))  # of one point alone there is no deviation
 BODY_STRIDES: Final = (4, 8, 16, 32)
 COCO_LABELS: Final = tuple((number, f"COCO category {number}") for number in range(1, 91))  # raw ids, gaps included
 
@@ -33,9 +34,11 @@ class DetectorSpec:
     made from: "pool" (64, pooled), or convolutions (64 and 128) on the "neck"'s or the "body"'s last map.
     Fields that a family does not know keep their defaults: rpn_depth to regions_per_image are Faster R-CNN's and what
     extends it, stage_ious Cascade R-CNN's, those of the mask branch of detectors that also give masks (mask_depth 0: it
-    has none), anchor_octaves and box_loss RetinaNet's, reg_max GFL's, head_depth to candidates those of the one-stage
-    families. An FCOS's anchor_sizes are the unit of its distances, a GFL's decide which locations learn an object.
-    ``standard_spec`` gives each family torchvision's own values, or its paper's.
+    has none), anchor_octaves and box_loss RetinaNet's, reg_max GFL's, points RepPoints's, head_depth to candidates
+    those of the one-stage families. An FCOS's anchor_sizes are the unit of its distances, a GFL's decide which
+    locations learn an object, a RepPoints's are the scale of a level's objects. ``standard_spec`` gives each family
+    torchvision's own values, or its paper's (a RepPoints's levels above the body's are torchvision's; the public code
+    makes them from the body, ``top="body"``).
     """
 
     family: str
@@ -67,6 +70,7 @@ class DetectorSpec:
     head_depth: int = 4
     head_groups: int = 0  # of the head's group norms; 0: the head has none
     reg_max: int = 16  # strides from a location to a box's side, at most
+    points: int = 9  # of a location's set; those of a kernel, so the square of an odd number
     candidates: int = 1000  # best responses of a level that enter NMS
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
@@ -272,6 +276,10 @@ def _head_problems(spec: DetectorSpec) -> list[tuple[bool, str]]:
         (
             spec.mask_depth < 0 or spec.masks not in traits.masks,
             f"mask_depth is {spec.mask_depth}, but a {spec.family} has {_mask_words(traits)}",
+        ),
+        (
+            spec.points not in POINTS,
+            f"points is {spec.points}, expected the square of an odd number, one of {', '.join(map(str, POINTS))}",
         ),
         (spec.head_depth > layers, f"head_depth {spec.head_depth} is above a {spec.family}'s {layers}"),
     ]

@@ -57,6 +57,12 @@ _GFL: Final[Mapping[str, Any]] = {
     "head_groups": 32,
     "nms_threshold": 0.6,
 }
+_REPPOINTS: Final[Mapping[str, Any]] = {
+    "anchor_sizes": (32, 64, 128, 256, 512),
+    "anchor_ratios": (1.0,),
+    "head_depth": 3,
+    "head_groups": 32,
+}
 _ONE_ANCHOR: Final[Mapping[str, Any]] = {"anchor_octaves": 1, "anchor_ratios": (1.0,)}
 
 TRAITS: Final[Mapping[str, Traits]] = {
@@ -66,4 +72,5 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "cascade_rcnn": Traits(True, ("pool",), _CASCADE, {"anchor_octaves": 1}, cascaded=True),
     "gfl": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_GFL}, _ONE_ANCHOR, grouped=True, distributions=True),
     "mask_rcnn": Traits(True, ("pool",), {"mask_depth": 4}, {"anchor_octaves": 1}, masks=(True,)),
+    "reppoints": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_REPPOINTS}, _ONE_ANCHOR, grouped=True),
 }

@@ -4,6 +4,7 @@ Text: a body's text (see ``detectors.arch``) with ranges for numbers, then input
 
     bottleneck-32..64/16:128..256/64x1..3-256..512/128x2..4-512..1024/256x6..23-1024..2048/512x2..3@800
     basic-=:16..32/8x1..2-32..64/16x1..2(32..64/16)-64..128/32x1..2-128..256/64x1..2@160,192
+    bottleneck[g32,d3]-64:256x3(256)-512x4(512)-1024x6..23(1024)-2048x3(2048)@800
 
 ``low..high/step`` is a range (a step of 1 and a range of one number are left out), a stem ``=`` is as wide as stage 1,
 and inner widths that are not given are their block's default. Given ones are chosen for each block by itself.
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
-from autodet.detectors.arch import STAGES, Arch, ArchError, BlockKind, Stage, default_inner, parse_blocks
+from autodet.detectors.arch import STAGES, Arch, ArchError, BlockKind, Stage, blocks_text, default_inner, parse_blocks
 from autodet.detectors.arch_text import TextError, TextReader
 
 TRIES = 1000  # of drawing a member under a limit
@@ -101,7 +102,8 @@ class Member:
 class PoolSpace:
     """The members of a pool. stem: None where it is as wide as stage 1, as in a body of basic blocks.
 
-    sizes: shorter sides of the images in pixels, rising. SpaceError says what of it cannot be built.
+    sizes: shorter sides of the images in pixels, rising; groups, deformable: of all bodies. SpaceError says what of it
+    cannot be built.
     """
 
     block: BlockKind
@@ -109,6 +111,7 @@ class PoolSpace:
     sizes: tuple[int, ...]
     stem: Range | None = None
     groups: int = 1
+    deformable: int = 0
 
     def __post_init__(self) -> None:
         if problem := _problem(self):
@@ -173,13 +176,15 @@ class PoolSpace:
         for size in self.sizes:
             for stages in itertools.product(*(_all_stages(self.block, stage) for stage in self.stages)):
                 for stem in self.stem.values if self.stem else (stages[0].width,):
-                    yield Member(Arch(self.block, stem, stages, self.groups), size)
+                    yield Member(Arch(self.block, stem, stages, self.groups, self.deformable), size)
 
     def why_outside(self, member: Member) -> str | None:
         """The reason why a detector is no member, None where it is one."""
         body = member.body
         if (body.block, body.groups) != (self.block, self.groups):
             return f"its blocks are {body.block} of {body.groups} groups, the pool's {self.block} of {self.groups}"
+        if body.deformable != self.deformable:
+            return f"its last {body.deformable} stages are deformable, the pool's last {self.deformable}"
         if member.size not in self.sizes:
             return f"its input size {member.size} is none of {', '.join(map(str, self.sizes))}"
         stems = self.stem.values if self.stem else (body.stages[0].width,)
@@ -201,9 +206,9 @@ class PoolSpace:
             raise SpaceError(f"{member} is no member of the pool {self}: {reason}.")
 
     def __str__(self) -> str:
-        groups = f"[g{self.groups}]" if self.groups > 1 else ""
+        blocks = blocks_text(self.block, self.groups, self.deformable)
         stages = "-".join(map(str, self.stages))
-        return f"{self.block}{groups}-{self.stem or '='}:{stages}@{','.join(map(str, self.sizes))}"
+        return f"{blocks}-{self.stem or '='}:{stages}@{','.join(map(str, self.sizes))}"
 
     @classmethod
     def parse(cls, text: str) -> PoolSpace:
@@ -221,7 +226,7 @@ class PoolSpace:
             inner = [choose(_inner_widths(self.block, space, width)) for _ in range(depth)]
             stages.append(Stage(width, tuple(inner)))
         stem = choose(tuple(self.stem.values)) if self.stem else stages[0].width
-        return Member(Arch(self.block, stem, tuple(stages), self.groups), choose(self.sizes))
+        return Member(Arch(self.block, stem, tuple(stages), self.groups, self.deformable), choose(self.sizes))
 
 
 def _inner_widths(block: BlockKind, space: StageSpace, width: int) -> tuple[int, ...]:
@@ -255,14 +260,15 @@ def _problem(space: PoolSpace) -> str | None:
             " widths has no projection to share; use '=' for a stem as wide as stage 1"
         )
     try:
-        Arch(space.block, 1, space._member(lambda values: values[-1]).body.stages, space.groups)
+        stages = space._member(lambda values: values[-1]).body.stages
+        Arch(space.block, 1, stages, space.groups, space.deformable)
     except ArchError as error:
         return f"its largest member cannot be built ({error})"
     return None
 
 
 def _parse(reader: TextReader) -> PoolSpace:
-    block, groups = parse_blocks(reader)
+    block, groups, deformable = parse_blocks(reader)
     stem = None if reader.skip("=") else _parse_range(reader, "the stem's width, or '='")
     reader.expect(":", "':' and the stages")
     stages = [_parse_stage(reader)]
@@ -273,7 +279,7 @@ def _parse(reader: TextReader) -> PoolSpace:
     while reader.skip(","):
         sizes.append(reader.number("an input size"))
     reader.end("',' and another input size, or the end")
-    return PoolSpace(block, tuple(stages), tuple(sizes), stem, groups)
+    return PoolSpace(block, tuple(stages), tuple(sizes), stem, groups, deformable)
 
 
 def _parse_stage(reader: TextReader) -> StageSpace:

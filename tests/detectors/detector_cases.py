@@ -71,10 +71,17 @@ def stir(model: nn.Module) -> None:
                 tensor.uniform_(0.5, 1.5)
             elif name.endswith("running_mean"):
                 tensor.uniform_(-0.5, 0.5)
+            elif "conv_offset" in name:
+                tensor.normal_(std=0.3)
             elif name.startswith("backbone.body.") and tensor.dim() == 1 and name.endswith("weight"):
                 tensor.uniform_(0.2, 0.6)  # keeps the maps of a deep body from growing
             elif not name.startswith("backbone.body.") and tensor.dim() > 1:
-                small = {"bbox_": 0.5, "cls_score": 0.1, "mask_fcn_logits": 0.5}  # no class always wins
+                small = {
+                    "bbox_": 0.5,
+                    "_points.": 0.5,
+                    "cls_score": 0.1,
+                    "mask_fcn_logits": 0.5,
+                }  # no class always wins
                 gain = next((gain for part, gain in small.items() if part in name), 2.0)
                 tensor.normal_(std=gain / tensor[0].numel() ** 0.5)
             elif "cls_logits" in name:

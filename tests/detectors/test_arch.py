@@ -28,6 +28,10 @@ TEXTS = {
     "basic-64:64x2-128x2-256x2-512x2": Arch.resnet18(),
     "bottleneck-64:256x3-512x4-1024x6-2048x3": Arch.resnet50(),
     "bottleneck[g32]-64:256x3(128)-512x4(256)-1024x6(512)-2048x3(1024)": Arch.resnext50_32x4d(),
+    "bottleneck[g32,d3]-64:256x3(128)-512x4(256)-1024x6(512)-2048x3(1024)": replace(
+        Arch.resnext50_32x4d(), deformable=3
+    ),
+    "basic[d1]-64:64x2-128x2-256x2-512x2": replace(Arch.resnet18(), deformable=1),
     "bottleneck-64:256x3(128)-512x4(256)-1024x6(512)-2048x3(1024)": Arch.wide_resnet50_2(),
     "basic-16:16x2(16,12)-32x1(8)-64x1-128x1": Arch(
         "basic", 16, (Stage(16, (16, 12)), Stage(32, (8,)), Stage(64, (64,)), Stage(128, (128,)))
@@ -47,7 +51,7 @@ def random_arch(rng: random.Random) -> Arch:
     stages = tuple(
         Stage(rng.randint(1, 40), tuple(groups * rng.randint(1, 9) for _ in range(rng.randint(1, 4)))) for _ in range(4)
     )
-    return Arch(block, rng.randint(1, 64), stages, groups)  # type: ignore[arg-type]
+    return Arch(block, rng.randint(1, 64), stages, groups, rng.randint(0, 4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -79,6 +83,9 @@ def test_text_is_canonical() -> None:
         ("basic-64:64x2-128x2-256x2-512x2 ", 31, "the end"),
         ("bottleneck-64:30x2-128x2-256x2-512x2", 18, "not divisible by 4"),
         ("bottleneck[g4-64:32x2-128x2-256x2-512x2", 13, "']'"),
+        ("bottleneck[d2,g4]-64:32x2-128x2-256x2-512x2", 13, "']'"),
+        ("bottleneck[g4,d]-64:32x2-128x2-256x2-512x2", 15, "number of deformable stages"),
+        ("basic[]-64:64x2-128x2-256x2-512x2", 6, "groups or deformable stages"),
     ],
 )
 def test_errors_name_position_and_expectation(text: str, position: int, words: str) -> None:
@@ -94,6 +101,8 @@ def test_errors_name_position_and_expectation(text: str, position: int, words: s
         ({"stem": 0}, "stem's width is 0"),
         ({"stem": True}, "stem's width is True"),
         ({"groups": 2}, "basic blocks have no groups"),
+        ({"deformable": 5}, "deformable is 5, expected the number of the last stages, 0 to 4"),
+        ({"deformable": -1}, "deformable is -1"),
         ({"stages": (Stage(8, (8,)),) * 3}, "3 stages, expected 4"),
         ({"stages": [Stage(8, (8,))] * 4}, "expected a tuple"),
         ({"stages": (Stage(8, (8,)),) * 3 + (Stage(8, ()),)}, "in stage 4 the inner widths"),
@@ -106,7 +115,10 @@ def test_invalid_values_are_refused(change: dict[str, object], words: str) -> No
         replace(Arch.resnet18(), **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"more": 1}, {"stages": [3]}, {"stages": [{"width": 8}]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"version": 3}, {"version": 1}, {"version": None}, {"more": 1}, {"stages": [3]}, {"stages": [{"width": 8}]}],
+)
 def test_foreign_json_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ArchError):
         Arch.from_json(Arch.resnet18().to_json() | change)

@@ -83,6 +83,7 @@ OWN: dict[str, dict[str, Any]] = {
     "fcos": {"head_groups": 2, "head_depth": 1, "candidates": 7},
     "cascade_rcnn": {"rpn_depth": 2, "head_width": 24, "stage_ious": (0.4, 0.55), "roi_size": 5, "roi_sampling": 1},
     "mask_rcnn": {"rpn_depth": 2, "mask_depth": 1, "mask_width": 20, "mask_roi_size": 5, "roi_sampling": 1},
+    "reppoints": {"head_groups": 2, "head_depth": 1, "points": 25, "anchor_sizes": (8, 20, 30, 60, 90)},
 }
 VARIANTS += [pytest.param(small_spec(family, **OWN[family]), id=f"{family}, its own fields") for family in OWN]
 

@@ -247,6 +247,7 @@ HAND_DECODED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cascade_rcnn": shifted_and_scaled,
     "gfl": pixels,
     "mask_rcnn": shifted_and_scaled,
+    "reppoints": pixels,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autodet.detectors import Arch, DetectorSpec, SpecError, standard_spec
-from autodet.detectors.spec import ABOVE, BOX_LOSSES, COCO_LABELS, FAMILIES
+from autodet.detectors.spec import ABOVE, BOX_LOSSES, COCO_LABELS, FAMILIES, POINTS
 from autodet.detectors.traits import TRAITS
 
 BODY = Arch.parse("basic-16:16x1-32x1(8)-64x2(24,40)-128x1")
@@ -89,6 +89,8 @@ def random_head(rng: random.Random, family: str) -> dict[str, Any]:
         return head
     if family == "gfl":
         return head | {"reg_max": rng.randint(1, 30)}
+    if family == "reppoints":
+        return head | {"points": rng.choice(POINTS)}
     ratios = tuple(rng.uniform(0.1, 4) for _ in range(rng.randint(1, 4)))
     return head | {"anchor_octaves": rng.randint(1, 4), "anchor_ratios": ratios, "box_loss": rng.choice(BOX_LOSSES)}
 

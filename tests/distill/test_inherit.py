@@ -97,6 +97,7 @@ def test_between_families_only_the_neck_is_copied(student: str, teacher: str) ->
         ("retinanet", "head.classification_head.cls_logits."),
         ("fcos", "head.classification_head.cls_logits."),
         ("gfl", "head.classification_head.cls_logits."),
+        ("reppoints", "head.classification_head.cls_logits."),
     ],
 )
 def test_between_other_labels_the_layers_that_name_them_are_left(family: str, own: str) -> None:

@@ -73,7 +73,8 @@ def test_every_familys_cached_answer_equals_a_computed_one(family: str, tiny_bat
         )
         for (_, ours), (_, theirs) in zip(kept, exact, strict=True):
             torch.testing.assert_close(ours.data, theirs.data, rtol=2e-3, atol=2e-3)
-            torch.testing.assert_close(ours.weights, theirs.weights, rtol=2e-3, atol=0)
+            # A fresh head's logits of −4.6 are off by up to 2e-3 in half precision, and so is the weights' sum.
+            torch.testing.assert_close(ours.weights, theirs.weights, rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize("kept", [False, True])

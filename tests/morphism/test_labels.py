@@ -55,7 +55,7 @@ def test_in_another_order_the_detections_are_the_same(family: str) -> None:
         torch.testing.assert_close(after[category], rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl"])
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "gfl", "reppoints"])
 def test_of_a_one_stage_detector_the_other_classes_stay_as_they_are(family: str) -> None:
     detector = everything(family)
     before, after = found_by(detector), found_by(relabelled(detector, (LABELS[2], LABELS[0])))

@@ -1,0 +1,428 @@
+"""RepPoints (Yang et al. 2019, arXiv 1904.11490): a plain model in torchvision's idiom, and its explicit steps.
+
+A one-stage detector that knows an object by a set of points. Each location guesses a first set; a deformable
+convolution that looks at just these points classifies the object and moves them; a box is drawn around the second set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxLinearCoder, _topk_min
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image, sigmoid_focal_loss
+
+from autodet.detectors.deformable import deformable_convolution
+from autodet.detectors.dims import Blocks, Dim, Named, tower_counts, tower_groups
+from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
+from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
+from autodet.detectors.reppoints_loss import BETWEEN, NOTHING, assign_nearest, assign_overlapping, box_loss, moment_box
+from autodet.detectors.spec import DetectorSpec, SpecError
+from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, sizes
+from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
+
+# torchvision's for its detectors; those of ImageNet.
+IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PRIOR: Final = 0.01  # score of every class before training (Lin et al. 2017)
+INITIAL_WEIGHT: Final = 0.5  # of the first boxes' loss beside the two others (section 4.2: λ1 = 0.5, λ2 = 1)
+POINT_RATE: Final = 0.1  # share of their gradient that the first points get from what looks at them (public code)
+
+Outputs = dict[str, Tensor]
+
+
+class RepPointsClassificationHead(nn.Module):
+    """Class scores of a level's locations: a tower of convolutions with group norms, one that looks at the location's
+    points, and a last one.
+
+    num_classes: with the background, whose channel 0 is there as in torchvision's heads. No location ever learns it,
+    so that it falls silent, and no detection is made of it.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, num_convs: int, groups: int, points: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv = _tower(in_channels, num_convs, groups)
+        self.cls_conv = _PointConvolution(in_channels, points)
+        self.cls_logits = _convolution(in_channels, num_classes, 1, -math.log((1 - PRIOR) / PRIOR))
+
+    def forward(self, level: Tensor, offsets: Tensor) -> Tensor:
+        """N×C×H×W and the points as offsets of a kernel N×2P×H×W → logits N×num_classes×H×W."""
+        logits: Tensor = self.cls_logits(self.cls_conv(self.conv(level), offsets))
+        return logits
+
+
+class RepPointsRegressionHead(nn.Module):
+    """Two sets of P points of each location, the second one moved from the first; both share one tower.
+
+    The first points start on the places of an ordinary kernel [ours]: what looks at them is then an ordinary
+    convolution, and boxes have an area. The public code starts them all at the location, where boxes overlap nothing.
+    box_scale: see ``reppoints_loss.moment_box``.
+    """
+
+    def __init__(self, in_channels: int, num_convs: int, groups: int, points: int) -> None:
+        super().__init__()
+        self.num_points = points
+        self.conv = _tower(in_channels, num_convs, groups)
+        self.init_conv = _convolution(in_channels, in_channels, 3)
+        self.init_points = _convolution(in_channels, 2 * points, 1)
+        self.refine_conv = _PointConvolution(in_channels, points)
+        self.refine_points = _convolution(in_channels, 2 * points, 1)
+        self.box_scale = nn.Parameter(torch.zeros(2))
+        side = math.isqrt(points)
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        places = torch.stack([rows, columns], dim=-1).flatten() - side // 2
+        self.register_buffer("places", places.float().view(-1, 1, 1), persistent=False)
+        self.places: Tensor
+        self.init_points.bias = nn.Parameter(places.float())
+
+    def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """N×C×H×W → first and second points, N×2P×H×W strides from the location, each down, then across; and the first
+        ones as offsets of a kernel whose places are the next cells, with a tenth of their gradient. All in float32."""
+        tower = self.conv(level)
+        first = self.init_points(self.init_conv(tower).relu()).float()
+        offsets = first.detach() * (1 - POINT_RATE) + first * POINT_RATE - self.places
+        moves = self.refine_points(self.refine_conv(tower, offsets)).float()
+        return first, first.detach() + moves, offsets
+
+    def sides(self, points: Tensor, stride: int) -> Tensor:
+        """Of points N×2P×H×W the box's distances from the location, left, up, right and down, N×4×H×W in pixels."""
+        box = moment_box(points, self.box_scale) * stride
+        return torch.cat([-box[:, :2], box[:, 2:]], dim=1)
+
+
+class RepPointsHead(nn.Module):
+    """Both heads on every level of the pyramid. strides: of the levels, in pixels; points: an odd number squared."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        strides: Sequence[int],
+        num_convs: int = 3,
+        groups: int = 32,
+        points: int = 9,
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.classification_head = RepPointsClassificationHead(in_channels, num_classes, num_convs, groups, points)
+        self.regression_head = RepPointsRegressionHead(in_channels, num_convs, groups, points)
+
+    def maps(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one level N×C×H×W: class logits, first points and second points."""
+        first, second, offsets = self.regression_head(level)
+        return self.classification_head(level, offsets), first, second
+
+    def sides(self, points: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Distances to the boxes' sides of all levels, in pixels, under the keys of the levels."""
+        return {
+            key: self.regression_head.sides(level, stride)
+            for (key, level), stride in zip(points.items(), self.strides, strict=True)
+        }
+
+    def forward(self, x: list[Tensor]) -> Outputs:
+        """The pyramid → cls_logits N×all×num_classes, bbox_regression and bbox_initial N×all×4, the distances in pixels
+        to the sides of the second and first box; the locations level by level and row by row."""
+        logits, first, second = (dict(enumerate(maps)) for maps in zip(*map(self.maps, x), strict=True))
+        return {
+            "cls_logits": flatten(logits, self.classification_head.num_classes),
+            "bbox_regression": flatten(self.sides(second), 4),
+            "bbox_initial": flatten(self.sides(first), 4),
+        }
+
+
+class RepPoints(nn.Module):
+    """The plain detector, with the forward, the parts and the names of torchvision's one-stage detectors.
+
+    Locations are the centres of the anchors, which are where torchvision's are: at multiples of the stride from the
+    image's corner. The anchors are squares, one a location, of 4 strides in the usual detector: the scale of the
+    objects that a level's first points learn, and the unit of the box losses. Nothing else depends on them.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneWithFPN,
+        num_classes: int,
+        anchor_generator: AnchorGenerator,
+        head: RepPointsHead,
+        min_size: int = 800,
+        max_size: int = 1333,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 100,
+        topk_candidates: int = 1000,
+    ) -> None:
+        super().__init__()
+        if head.classification_head.num_classes != num_classes:
+            found = head.classification_head.num_classes
+            raise ValueError(f"Expected a head of {num_classes} classes with the background, found one of {found}.")
+        self.backbone = backbone
+        self.anchor_generator = anchor_generator
+        self.head = head
+        self.box_coder = BoxLinearCoder(normalize_by_size=False)
+        self.transform = GeneralizedRCNNTransform(min_size, max_size, IMAGE_MEAN, IMAGE_STD)
+        self.score_thresh = score_thresh
+        self.nms_thresh = nms_thresh
+        self.detections_per_img = detections_per_img
+        self.topk_candidates = topk_candidates
+
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Outputs | list[Target]:
+        """Images 3×h×w in [0, 1] → detections of each; in training mode, with targets, named losses.
+
+        ValueError where these are missing, or a box has no area.
+        """
+        if self.training:
+            _check_targets(targets)
+        before = [(image.shape[-2], image.shape[-1]) for image in images]
+        image_list, targets = self.transform(images, targets)
+        features = list(self.backbone(image_list.tensors).values())
+        outputs = self.head(features)
+        anchors = self.anchor_generator(image_list, features)
+        per_level = [level.shape[2] * level.shape[3] for level in features]
+        if targets is not None and self.training:
+            return self.compute_loss(targets, outputs, anchors, per_level)
+        split = {name: list(rows.split(per_level, dim=1)) for name, rows in outputs.items()}
+        split_anchors = [list(rows.split(per_level)) for rows in anchors]
+        found = self.postprocess_detections(split, split_anchors, image_list.image_sizes)
+        return list(self.transform.postprocess(found, image_list.image_sizes, before))
+
+    def compute_loss(
+        self, targets: list[Target], head_outputs: Outputs, anchors: list[Tensor], num_anchors_per_level: list[int]
+    ) -> Outputs:
+        """Focal loss of the classes and smooth L1 losses of second and first boxes, scalars; targets in the canvas's
+        pixels.
+
+        Each is divided by the number of locations that learn an object, one at least in every image (public code), over
+        the batch as it is given: whoever splits one over processes combines their gradients.
+        """
+        sums: dict[str, list[Tensor]] = {"classification": [], "bbox_regression": [], "bbox_initial": []}
+        first_count = second_count = 0
+        for image, (target, centred) in enumerate(zip(targets, anchors, strict=True)):
+            truth, logits = target["boxes"], head_outputs["cls_logits"][image].float()
+            first, second = (
+                self.box_coder.decode(head_outputs[name][image], centred)
+                for name in ("bbox_initial", "bbox_regression")
+            )
+            near = assign_nearest(centred, truth, num_anchors_per_level)
+            over = assign_overlapping(first.detach(), truth)
+            for name, boxes, matched in (("bbox_initial", first, near), ("bbox_regression", second, over)):
+                taught = matched >= 0
+                sums[name].append(box_loss(boxes[taught], truth[matched[taught]], centred[taught]))
+            wanted = torch.zeros_like(logits)
+            wanted[over >= 0, target["labels"][over[over >= 0]]] = 1.0
+            judged = over != BETWEEN
+            sums["classification"].append(sigmoid_focal_loss(logits[judged], wanted[judged], reduction="sum"))
+            first_count += max(1, int((near > NOTHING).sum()))
+            second_count += max(1, int((over > NOTHING).sum()))
+        totals = {name: torch.stack(parts).sum() for name, parts in sums.items()}
+        return {
+            "classification": totals["classification"] / second_count,
+            "bbox_regression": totals["bbox_regression"] / second_count,
+            "bbox_initial": INITIAL_WEIGHT * totals["bbox_initial"] / first_count,
+        }
+
+    def postprocess_detections(
+        self,
+        head_outputs: dict[str, list[Tensor]],
+        anchors: list[list[Tensor]],
+        image_shapes: list[tuple[int, int]],
+    ) -> list[Target]:
+        """The best of each level above the threshold, NMS class by class, the best of these; arguments by level."""
+        detections = []
+        for index, shape in enumerate(image_shapes):
+            levels = [
+                self._best(logits[index], distances[index], centred, shape)
+                for logits, distances, centred in zip(
+                    head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[index], strict=True
+                )
+            ]
+            boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
+            kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+            detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
+        return detections
+
+    def _best(
+        self, logits: Tensor, distances: Tensor, anchors: Tensor, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes R×4 within the image, scores and labels of a level's best responses in one image."""
+        classes = logits.shape[-1] - 1
+        scores = logits[:, 1:].sigmoid().flatten()
+        above = torch.where(scores > self.score_thresh)[0]
+        scores, best = scores[above].topk(_topk_min(above, self.topk_candidates, 0))
+        chosen = above[best]
+        rows = torch.div(chosen, classes, rounding_mode="floor")
+        boxes = clip_boxes_to_image(self.box_coder.decode(distances[rows], anchors[rows]), shape)
+        return boxes, scores, chosen % classes + 1
+
+
+class _PointConvolution(nn.Module):
+    """A convolution without bias whose kernel's places are a location's points, and a ReLU."""
+
+    def __init__(self, width: int, points: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width, math.isqrt(points), math.isqrt(points)))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """N×C×H×W and N×2P×H×W → N×C×H×W."""
+        return deformable_convolution(x, offsets, self.weight).relu()
+
+
+def _tower(width: int, depth: int, groups: int) -> nn.Sequential:
+    """Convolutions 3×3 with group norms and ReLUs, named in pairs as torchvision's RetinaNet names them."""
+    norm = partial(nn.GroupNorm, groups)
+    layers = [Conv2dNormActivation(width, width, 3, norm_layer=norm) for _ in range(depth)]
+    for layer in layers:
+        nn.init.normal_(layer[0].weight, std=0.01)
+    return nn.Sequential(*layers)
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, bias: float = 0.0) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    nn.init.normal_(layer.weight, std=0.01)
+    assert layer.bias is not None
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def _check_targets(targets: list[Target] | None) -> None:
+    if targets is None:
+        raise ValueError("Expected targets in training mode, found none: give them, or call eval() first.")
+    for number, target in enumerate(targets):
+        boxes = target["boxes"]
+        for box in boxes[(boxes[:, 2:] <= boxes[:, :2]).any(dim=1)]:
+            raise ValueError(f"Expected boxes x1 y1 x2 y2 with an area, found {box.tolist()} in target {number}.")
+
+
+@dataclass
+class RepPointsDense(Dense):
+    """Dense responses with the point sets. deltas are distances in pixels from the location to the second box's sides.
+
+    first, second: nominal stride → N×2P×H×W strides from the location, of each point how far down, then across.
+    """
+
+    first: dict[int, Tensor] = field(default_factory=dict)
+    second: dict[int, Tensor] = field(default_factory=dict)
+
+
+class RepPointsSteps(PyramidSteps):
+    """The steps of ``detectors.steps.Detector`` on a RepPoints."""
+
+    model: RepPoints
+
+    def dense(self, inputs: Inputs, features: Features) -> RepPointsDense:
+        """Class logits, distances to the box's sides in pixels, and both sets of points, of every location."""
+        maps = [self.model.head.maps(level) for level in features.values()]
+        logits, first, second = (dict(zip(features, levels, strict=True)) for levels in zip(*maps, strict=True))
+        anchors = self.model.anchor_generator(inputs.images, list(features.values()))
+        return RepPointsDense(logits, self.model.head.sides(second), anchors, first=first, second=second)
+
+    def boxes(self, dense: Dense) -> Tensor:
+        """N×all×4 xyxy in the canvas's pixels."""
+        decoded: Tensor = self.model.box_coder.decode(flatten(dense.deltas, 4), torch.stack(dense.anchors))
+        return decoded
+
+    def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
+        """The plain model's focal loss and its losses of second and first boxes."""
+        assert isinstance(dense, RepPointsDense)
+        outputs = head_outputs(dense, len(self.spec.labels) + 1)
+        outputs["bbox_initial"] = flatten(self.model.head.sides(dense.first), 4)
+        per_level = [level.shape[2] * level.shape[3] for level in features.values()]
+        return self.model.compute_loss(inputs.ground_truth(), outputs, dense.anchors, per_level)
+
+    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
+        """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
+        return postprocess(self.model, inputs, dense, len(self.spec.labels) + 1)
+
+
+def build_reppoints(spec: DetectorSpec) -> RepPoints:
+    """A RepPoints with fresh weights from torch's generator."""
+    backbone = build_backbone(spec)
+    classes = len(spec.labels) + 1
+    anchors = AnchorGenerator(tuple((size,) for size in spec.anchor_sizes), ((1.0,),) * len(spec.anchor_sizes))
+    head = RepPointsHead(spec.neck_width, classes, spec.levels, spec.head_depth, spec.head_groups, spec.points)
+    return RepPoints(backbone, classes, anchors, head, **frame_options(spec))
+
+
+def describe_reppoints(model: RepPoints, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
+    """The spec of a user's RepPoints, read off its modules; SpecError where a spec cannot say a part."""
+    if not isinstance(model.head, RepPointsHead):
+        raise SpecError(f"Expected a RepPointsHead, found {type(model.head).__name__}: no adapter for it.")
+    classify = model.head.classification_head
+    spec = DetectorSpec(
+        family="reppoints",
+        **describe_frame(model, classify.num_classes - 1, labels),
+        anchor_sizes=tuple(sizes[0] for sizes in model.anchor_generator.sizes),
+        anchor_ratios=(1.0,),
+        head_depth=len(classify.conv),
+        head_groups=next(module.num_groups for module in classify.modules() if isinstance(module, nn.GroupNorm)),
+        points=model.head.regression_head.num_points,
+        **describe_selection(model),
+    )
+    with torch.device("meta"):
+        check_rebuilt(model, build_reppoints(spec), _unsaid)
+    return spec
+
+
+def _unsaid(model: RepPoints) -> dict[str, object]:
+    """Settings that a spec has no field for."""
+    return unsaid_frame(model, model.anchor_generator) | {
+        "head.strides": model.head.strides,
+        "box_coder.normalize_by_size": model.box_coder.normalize_by_size,
+    }
+
+
+def read_reppoints(state: State) -> Read | None:
+    """Classes and fields that the head's tensors tell."""
+    if f"{REGRESS}box_scale" not in state:
+        return None
+    return sizes(state, f"{CLASSIFY}cls_logits.weight", 4)[0] - 1, {
+        "points": sizes(state, f"{REGRESS}init_points.weight", 4)[0] // 2,
+        "head_depth": count(state, CLASSIFY + "conv.{}.0.weight"),
+    }
+
+
+# Of each tower: the layer that reads it → the one that reads that, and the group of channels between them.
+READERS: Final = {
+    "classification": {"cls_conv": ("cls_logits", "classification.pointed")},
+    "regression": {
+        "init_conv": ("init_points", "regression.first"),
+        "refine_conv": ("refine_points", "regression.second"),
+    },
+}
+
+
+def head_groups(spec: DetectorSpec) -> Named:
+    """The channels of the towers, and between the layers that read them."""
+    for tower, layers in READERS.items():
+        yield from tower_groups(spec, tower, True, ())
+        last: Dim = Blocks(f"{tower}.{spec.head_depth - 1}", spec.neck_width // spec.head_groups)
+        for layer, (reader, between) in layers.items():
+            yield f"head.{tower}_head.{layer}.weight", (between, last)
+            yield f"head.{tower}_head.{reader}.weight", (None, between)
+    yield f"{REGRESS}init_conv.bias", ("regression.first",)
+
+
+def head_counts(spec: DetectorSpec) -> dict[str, int]:
+    """Channels of each group of the head."""
+    between = [group for layers in READERS.values() for _, group in layers.values()]
+    return tower_counts(spec) | dict.fromkeys(between, spec.neck_width)
+
+
+FAMILY = Family(
+    model=RepPoints,
+    steps=RepPointsSteps,
+    build=build_reppoints,
+    describe=describe_reppoints,
+    read=read_reppoints,
+    head_groups=head_groups,
+    head_counts=head_counts,
+    class_layers={f"{CLASSIFY}cls_logits": 1},
+)

@@ -71,7 +71,7 @@ def test_every_familys_cached_answer_equals_a_computed_one(family: str, tiny_bat
         )
         for (_, ours), (_, theirs) in zip(kept, exact, strict=True):
             torch.testing.assert_close(ours.data, theirs.data, rtol=2e-3, atol=2e-3)
-            # A logit of −4.6, a fresh head's, is off by up to 2e-3 in half precision, and so may be what weights sum to.
+            # A logit of −4.6, a fresh head's, is off by up to 2e-3 in half precision, and so may be the sum of weights.
             torch.testing.assert_close(ours.weights, theirs.weights, rtol=4e-3, atol=0)
 
 

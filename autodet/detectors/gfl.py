@@ -8,31 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxLinearCoder, _topk_min
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image
 
 from autodet.detectors.atss import CANDIDATES, assign
 from autodet.detectors.dims import Named, tower_counts, tower_groups
 from autodet.detectors.gfl_loss import distance_targets, expected, paired_iou, quality_focal_loss, side_losses
+from autodet.detectors.one_box import OneBoxDetector, Outputs, conv_tower, convolution
 from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
-# torchvision's for its detectors; those of ImageNet.
-IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PRIOR = 0.01  # score of every class before training (Lin et al. 2017)
 BOX_WEIGHT, DISTRIBUTION_WEIGHT = 2.0, 0.25  # of the losses beside the quality focal loss (public code; eq. 8)
-
-Outputs = dict[str, Tensor]
 
 
 class GFLClassificationHead(nn.Module):
@@ -45,8 +39,8 @@ class GFLClassificationHead(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, num_convs: int, groups: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.conv = _tower(in_channels, num_convs, groups)
-        self.cls_logits = _last(in_channels, num_classes, -math.log((1 - PRIOR) / PRIOR))
+        self.conv = conv_tower(in_channels, num_convs, groups)
+        self.cls_logits = convolution(in_channels, num_classes, 3, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, level: Tensor) -> Tensor:
         """N×C×H×W → logits N×num_classes×H×W."""
@@ -64,8 +58,8 @@ class GFLRegressionHead(nn.Module):
     def __init__(self, in_channels: int, levels: int, num_convs: int, groups: int, reg_max: int) -> None:
         super().__init__()
         self.reg_max = reg_max
-        self.conv = _tower(in_channels, num_convs, groups)
-        self.bbox_reg = _last(in_channels, 4 * (reg_max + 1), 0.0)
+        self.conv = conv_tower(in_channels, num_convs, groups)
+        self.bbox_reg = convolution(in_channels, 4 * (reg_max + 1), 3)
         self.scales = nn.Parameter(torch.ones(levels))
 
     def forward(self, level: Tensor, number: int) -> Tensor:
@@ -109,12 +103,13 @@ class GFLHead(nn.Module):
         }
 
 
-class GFL(nn.Module):
-    """The plain detector, with the forward, the parts and the names of torchvision's one-stage detectors.
+class GFL(OneBoxDetector):
+    """The plain detector. Its anchors' sizes decide, by ATSS, which locations learn an object, and nothing else.
 
-    Locations are the centres of the anchors, which are where torchvision's are: at multiples of the stride from the
-    image's corner. The anchors' sizes decide, by ATSS, which locations learn an object, and nothing else.
+    atss_candidates: the locations of a level that come into question for an object; all else as ``OneBoxDetector``.
     """
+
+    head: GFLHead
 
     def __init__(
         self,
@@ -122,49 +117,12 @@ class GFL(nn.Module):
         num_classes: int,
         anchor_generator: AnchorGenerator,
         head: GFLHead,
-        min_size: int = 800,
-        max_size: int = 1333,
-        score_thresh: float = 0.05,
         nms_thresh: float = 0.6,
-        detections_per_img: int = 100,
-        topk_candidates: int = 1000,
         atss_candidates: int = CANDIDATES,
+        **frame: Any,
     ) -> None:
-        super().__init__()
-        if head.classification_head.num_classes != num_classes:
-            found = head.classification_head.num_classes
-            raise ValueError(f"Expected a head of {num_classes} classes with the background, found one of {found}.")
-        self.backbone = backbone
-        self.anchor_generator = anchor_generator
-        self.head = head
-        self.box_coder = BoxLinearCoder(normalize_by_size=False)
-        self.transform = GeneralizedRCNNTransform(min_size, max_size, IMAGE_MEAN, IMAGE_STD)
-        self.score_thresh = score_thresh
-        self.nms_thresh = nms_thresh
-        self.detections_per_img = detections_per_img
-        self.topk_candidates = topk_candidates
+        super().__init__(backbone, num_classes, anchor_generator, head, nms_thresh=nms_thresh, **frame)
         self.atss_candidates = atss_candidates
-
-    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Outputs | list[Target]:
-        """Images 3×h×w in [0, 1] → detections of each; in training mode, with targets, named losses.
-
-        ValueError where these are missing, or a box has no area.
-        """
-        if self.training:
-            _check_targets(targets)
-        before = [(image.shape[-2], image.shape[-1]) for image in images]
-        image_list, targets = self.transform(images, targets)
-        features = list(self.backbone(image_list.tensors).values())
-        outputs = self.head(features)
-        anchors = self.anchor_generator(image_list, features)
-        per_level = [level.shape[2] * level.shape[3] for level in features]
-        if targets is not None and self.training:
-            return self.compute_loss(targets, outputs, anchors, per_level)
-        split = {name: list(rows.split(per_level, dim=1)) for name, rows in outputs.items()}
-        found = self.postprocess_detections(
-            split, [list(rows.split(per_level)) for rows in anchors], image_list.image_sizes
-        )
-        return list(self.transform.postprocess(found, image_list.image_sizes, before))
 
     def compute_loss(
         self, targets: list[Target], head_outputs: Outputs, anchors: list[Tensor], num_anchors_per_level: list[int]
@@ -204,65 +162,6 @@ class GFL(nn.Module):
             "bbox_regression": BOX_WEIGHT * box,
             "bbox_distribution": DISTRIBUTION_WEIGHT * distribution,
         }
-
-    def postprocess_detections(
-        self,
-        head_outputs: dict[str, list[Tensor]],
-        anchors: list[list[Tensor]],
-        image_shapes: list[tuple[int, int]],
-    ) -> list[Target]:
-        """The best of each level above the threshold, NMS class by class, the best of these; arguments by level."""
-        detections = []
-        for index, shape in enumerate(image_shapes):
-            levels = [
-                self._best(logits[index], distances[index], centred, shape)
-                for logits, distances, centred in zip(
-                    head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[index], strict=True
-                )
-            ]
-            boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
-            kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
-        return detections
-
-    def _best(
-        self, logits: Tensor, distances: Tensor, anchors: Tensor, shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes R×4 within the image, scores and labels of a level's best responses in one image."""
-        classes = logits.shape[-1] - 1
-        scores = logits[:, 1:].sigmoid().flatten()
-        above = torch.where(scores > self.score_thresh)[0]
-        scores, best = scores[above].topk(_topk_min(above, self.topk_candidates, 0))
-        chosen = above[best]
-        rows = torch.div(chosen, classes, rounding_mode="floor")
-        boxes = clip_boxes_to_image(self.box_coder.decode(distances[rows], anchors[rows]), shape)
-        return boxes, scores, chosen % classes + 1
-
-
-def _tower(width: int, depth: int, groups: int) -> nn.Sequential:
-    """Convolutions 3×3 with group norms and ReLUs, named in pairs as torchvision's RetinaNet names them."""
-    norm = partial(nn.GroupNorm, groups)
-    layers = [Conv2dNormActivation(width, width, 3, norm_layer=norm) for _ in range(depth)]
-    for layer in layers:
-        nn.init.normal_(layer[0].weight, std=0.01)
-    return nn.Sequential(*layers)
-
-
-def _last(width: int, outputs: int, bias: float) -> nn.Conv2d:
-    layer = nn.Conv2d(width, outputs, 3, padding=1)
-    nn.init.normal_(layer.weight, std=0.01)
-    assert layer.bias is not None
-    nn.init.constant_(layer.bias, bias)
-    return layer
-
-
-def _check_targets(targets: list[Target] | None) -> None:
-    if targets is None:
-        raise ValueError("Expected targets in training mode, found none: give them, or call eval() first.")
-    for number, target in enumerate(targets):
-        boxes = target["boxes"]
-        for box in boxes[(boxes[:, 2:] <= boxes[:, :2]).any(dim=1)]:
-            raise ValueError(f"Expected boxes x1 y1 x2 y2 with an area, found {box.tolist()} in target {number}.")
 
 
 class GFLSteps(PyramidSteps):

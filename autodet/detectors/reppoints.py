@@ -9,19 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxLinearCoder, _topk_min
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from autodet.detectors.deformable import deformable_convolution
 from autodet.detectors.dims import Blocks, Dim, Named, tower_counts, tower_groups
+from autodet.detectors.one_box import OneBoxDetector, Outputs, conv_tower, convolution
 from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.reppoints_loss import BETWEEN, NOTHING, assign_nearest, assign_overlapping, box_loss, moment_box
@@ -29,13 +26,9 @@ from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
-# torchvision's for its detectors; those of ImageNet.
-IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PRIOR: Final = 0.01  # score of every class before training (Lin et al. 2017)
 INITIAL_WEIGHT: Final = 0.5  # of the first boxes' loss beside the two others (section 4.2: λ1 = 0.5, λ2 = 1)
 POINT_RATE: Final = 0.1  # share of their gradient that the first points get from what looks at them (public code)
-
-Outputs = dict[str, Tensor]
 
 
 class RepPointsClassificationHead(nn.Module):
@@ -49,9 +42,9 @@ class RepPointsClassificationHead(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, num_convs: int, groups: int, points: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.conv = _tower(in_channels, num_convs, groups)
+        self.conv = conv_tower(in_channels, num_convs, groups)
         self.cls_conv = _PointConvolution(in_channels, points)
-        self.cls_logits = _convolution(in_channels, num_classes, 1, -math.log((1 - PRIOR) / PRIOR))
+        self.cls_logits = convolution(in_channels, num_classes, 1, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, level: Tensor, offsets: Tensor) -> Tensor:
         """N×C×H×W and the points as offsets of a kernel N×2P×H×W → logits N×num_classes×H×W."""
@@ -70,11 +63,11 @@ class RepPointsRegressionHead(nn.Module):
     def __init__(self, in_channels: int, num_convs: int, groups: int, points: int) -> None:
         super().__init__()
         self.num_points = points
-        self.conv = _tower(in_channels, num_convs, groups)
-        self.init_conv = _convolution(in_channels, in_channels, 3)
-        self.init_points = _convolution(in_channels, 2 * points, 1)
+        self.conv = conv_tower(in_channels, num_convs, groups)
+        self.init_conv = convolution(in_channels, in_channels, 3)
+        self.init_points = convolution(in_channels, 2 * points, 1)
         self.refine_conv = _PointConvolution(in_channels, points)
-        self.refine_points = _convolution(in_channels, 2 * points, 1)
+        self.refine_points = convolution(in_channels, 2 * points, 1)
         self.box_scale = nn.Parameter(torch.zeros(2))
         side = math.isqrt(points)
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -138,60 +131,11 @@ class RepPointsHead(nn.Module):
         }
 
 
-class RepPoints(nn.Module):
-    """The plain detector, with the forward, the parts and the names of torchvision's one-stage detectors.
+class RepPoints(OneBoxDetector):
+    """The plain detector. Its anchors, of 4 strides in the usual one, are the scale of the objects that a level's first
+    points learn, and the unit of the box losses; nothing else depends on them."""
 
-    Locations are the centres of the anchors, which are where torchvision's are: at multiples of the stride from the
-    image's corner. The anchors are squares, one a location, of 4 strides in the usual detector: the scale of the
-    objects that a level's first points learn, and the unit of the box losses. Nothing else depends on them.
-    """
-
-    def __init__(
-        self,
-        backbone: BackboneWithFPN,
-        num_classes: int,
-        anchor_generator: AnchorGenerator,
-        head: RepPointsHead,
-        min_size: int = 800,
-        max_size: int = 1333,
-        score_thresh: float = 0.05,
-        nms_thresh: float = 0.5,
-        detections_per_img: int = 100,
-        topk_candidates: int = 1000,
-    ) -> None:
-        super().__init__()
-        if head.classification_head.num_classes != num_classes:
-            found = head.classification_head.num_classes
-            raise ValueError(f"Expected a head of {num_classes} classes with the background, found one of {found}.")
-        self.backbone = backbone
-        self.anchor_generator = anchor_generator
-        self.head = head
-        self.box_coder = BoxLinearCoder(normalize_by_size=False)
-        self.transform = GeneralizedRCNNTransform(min_size, max_size, IMAGE_MEAN, IMAGE_STD)
-        self.score_thresh = score_thresh
-        self.nms_thresh = nms_thresh
-        self.detections_per_img = detections_per_img
-        self.topk_candidates = topk_candidates
-
-    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Outputs | list[Target]:
-        """Images 3×h×w in [0, 1] → detections of each; in training mode, with targets, named losses.
-
-        ValueError where these are missing, or a box has no area.
-        """
-        if self.training:
-            _check_targets(targets)
-        before = [(image.shape[-2], image.shape[-1]) for image in images]
-        image_list, targets = self.transform(images, targets)
-        features = list(self.backbone(image_list.tensors).values())
-        outputs = self.head(features)
-        anchors = self.anchor_generator(image_list, features)
-        per_level = [level.shape[2] * level.shape[3] for level in features]
-        if targets is not None and self.training:
-            return self.compute_loss(targets, outputs, anchors, per_level)
-        split = {name: list(rows.split(per_level, dim=1)) for name, rows in outputs.items()}
-        split_anchors = [list(rows.split(per_level)) for rows in anchors]
-        found = self.postprocess_detections(split, split_anchors, image_list.image_sizes)
-        return list(self.transform.postprocess(found, image_list.image_sizes, before))
+    head: RepPointsHead
 
     def compute_loss(
         self, targets: list[Target], head_outputs: Outputs, anchors: list[Tensor], num_anchors_per_level: list[int]
@@ -228,39 +172,6 @@ class RepPoints(nn.Module):
             "bbox_initial": INITIAL_WEIGHT * totals["bbox_initial"] / first_count,
         }
 
-    def postprocess_detections(
-        self,
-        head_outputs: dict[str, list[Tensor]],
-        anchors: list[list[Tensor]],
-        image_shapes: list[tuple[int, int]],
-    ) -> list[Target]:
-        """The best of each level above the threshold, NMS class by class, the best of these; arguments by level."""
-        detections = []
-        for index, shape in enumerate(image_shapes):
-            levels = [
-                self._best(logits[index], distances[index], centred, shape)
-                for logits, distances, centred in zip(
-                    head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[index], strict=True
-                )
-            ]
-            boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
-            kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
-        return detections
-
-    def _best(
-        self, logits: Tensor, distances: Tensor, anchors: Tensor, shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes R×4 within the image, scores and labels of a level's best responses in one image."""
-        classes = logits.shape[-1] - 1
-        scores = logits[:, 1:].sigmoid().flatten()
-        above = torch.where(scores > self.score_thresh)[0]
-        scores, best = scores[above].topk(_topk_min(above, self.topk_candidates, 0))
-        chosen = above[best]
-        rows = torch.div(chosen, classes, rounding_mode="floor")
-        boxes = clip_boxes_to_image(self.box_coder.decode(distances[rows], anchors[rows]), shape)
-        return boxes, scores, chosen % classes + 1
-
 
 class _PointConvolution(nn.Module):
     """A convolution without bias whose kernel's places are a location's points, and a ReLU."""
@@ -273,32 +184,6 @@ class _PointConvolution(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """N×C×H×W and N×2P×H×W → N×C×H×W."""
         return deformable_convolution(x, offsets, self.weight).relu()
-
-
-def _tower(width: int, depth: int, groups: int) -> nn.Sequential:
-    """Convolutions 3×3 with group norms and ReLUs, named in pairs as torchvision's RetinaNet names them."""
-    norm = partial(nn.GroupNorm, groups)
-    layers = [Conv2dNormActivation(width, width, 3, norm_layer=norm) for _ in range(depth)]
-    for layer in layers:
-        nn.init.normal_(layer[0].weight, std=0.01)
-    return nn.Sequential(*layers)
-
-
-def _convolution(inputs: int, outputs: int, kernel: int, bias: float = 0.0) -> nn.Conv2d:
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-    nn.init.normal_(layer.weight, std=0.01)
-    assert layer.bias is not None
-    nn.init.constant_(layer.bias, bias)
-    return layer
-
-
-def _check_targets(targets: list[Target] | None) -> None:
-    if targets is None:
-        raise ValueError("Expected targets in training mode, found none: give them, or call eval() first.")
-    for number, target in enumerate(targets):
-        boxes = target["boxes"]
-        for box in boxes[(boxes[:, 2:] <= boxes[:, :2]).any(dim=1)]:
-            raise ValueError(f"Expected boxes x1 y1 x2 y2 with an area, found {box.tolist()} in target {number}.")
 
 
 @dataclass

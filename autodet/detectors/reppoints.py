@@ -69,19 +69,14 @@ class RepPointsRegressionHead(nn.Module):
         self.refine_conv = _PointConvolution(in_channels, points)
         self.refine_points = convolution(in_channels, 2 * points, 1)
         self.box_scale = nn.Parameter(torch.zeros(2))
-        side = math.isqrt(points)
-        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        places = torch.stack([rows, columns], dim=-1).flatten() - side // 2
-        self.register_buffer("places", places.float().view(-1, 1, 1), persistent=False)
-        self.places: Tensor
-        self.init_points.bias = nn.Parameter(places.float())
+        self.init_points.bias = nn.Parameter(_kernel_places(points).flatten())
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """N×C×H×W → first and second points, N×2P×H×W strides from the location, each down, then across; and the first
         ones as offsets of a kernel whose places are the next cells, with a tenth of their gradient. All in float32."""
         tower = self.conv(level)
         first = self.init_points(self.init_conv(tower).relu()).float()
-        offsets = first.detach() * (1 - POINT_RATE) + first * POINT_RATE - self.places
+        offsets = first.detach() * (1 - POINT_RATE) + first * POINT_RATE - _kernel_places(self.num_points).to(first)
         moves = self.refine_points(self.refine_conv(tower, offsets)).float()
         return first, first.detach() + moves, offsets
 
@@ -171,6 +166,13 @@ class RepPoints(OneBoxDetector):
             "bbox_regression": totals["bbox_regression"] / second_count,
             "bbox_initial": INITIAL_WEIGHT * totals["bbox_initial"] / first_count,
         }
+
+
+def _kernel_places(points: int) -> Tensor:
+    """2P×1×1: of each place of a square kernel how many cells it is down and across from the middle, row by row."""
+    side = math.isqrt(points)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return (torch.stack([rows, columns], dim=-1).flatten() - side // 2).float().view(-1, 1, 1)
 
 
 class _PointConvolution(nn.Module):

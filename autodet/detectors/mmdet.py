@@ -33,9 +33,8 @@ from autodet.detectors.state import State, count
 from autodet.detectors.steps import Family
 from autodet.detectors.traits import TRAITS
 
-NEVER: Final = (
-    -10.0
-)  # the logit of a class that there is none of: as low as training makes it, not lower, to be imitated
+# The logit of a class that there is none of: as low as training makes it, and no lower, so that it can be imitated.
+NEVER: Final = -10.0
 LATERAL: Final = "neck.lateral_convs.{}.conv.weight"
 # Of COCO's raw category ids 1 to 90, those that name nothing: mmdetection numbers the others from 0 to 79.
 UNNAMED: Final = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from autodet.detectors import build, detect
-from autodet.detectors.reppoints import POINT_RATE, RepPoints, RepPointsDense, RepPointsHead
+from autodet.detectors.reppoints import POINT_RATE, RepPoints, RepPointsDense, RepPointsHead, RepPointsRegressionHead
 from autodet.detectors.reppoints_loss import BETWEEN, NOTHING, assign_nearest, assign_overlapping, moment_box
 
 
@@ -98,14 +98,16 @@ def test_what_looks_at_the_first_points_moves_them_little_and_second_ones_start_
     assert own.tolist() == [16.0] * 18 and moves.std() > 0
 
 
-def test_first_points_start_on_the_places_of_an_ordinary_kernel() -> None:
-    """But for the small weights of the last layer: then what looks at them is an ordinary convolution."""
-    head = build(small_spec("reppoints")).model.get_submodule("head.regression_head")
+def test_first_boxes_start_with_the_size_of_a_levels_objects() -> None:
+    """A square around the location, of the geometric mean of the smallest and the largest: one and two anchors wide."""
+    spec = small_spec("reppoints")
+    head = build(spec).model.get_submodule("head.regression_head")
+    assert isinstance(head, RepPointsRegressionHead)
     with torch.no_grad():
-        head.get_parameter("init_points.weight").zero_()
-        first, _, offsets = head(torch.rand(1, 16, 4, 4))
-    assert not offsets.any()
-    assert first[0, :, 2, 3].tolist() == grid_points((0.0, 0.0), (1.0, 1.0)).flatten().tolist()
+        head.init_points.weight.zero_()
+        first, _, _ = head(torch.rand(1, 16, 4, 4))
+        sides = head.sides(first, spec.levels[0])[0, :, 2, 3]
+    assert sides.tolist() == pytest.approx([spec.anchor_sizes[0] / math.sqrt(2)] * 4)
 
 
 # Who learns what. ---

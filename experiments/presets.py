@@ -178,7 +178,7 @@ def small(family: str, body: str, pixels: int, neck: int = 64, head: int = 128, 
         },
         "gfl": one_stage
         | {
-            "anchor_sizes": (32, 64, 128, 256, 512),
+            "anchor_sizes": (16, 32, 64, 128, 256),
             "anchor_ratios": (1.0,),
             "head_groups": 8,
             "nms_threshold": 0.6,

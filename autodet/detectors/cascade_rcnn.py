@@ -4,6 +4,9 @@ Each stage looks at the boxes of the one before it and learns from those that ov
 4.1). As in the public code, boxes do not depend on classes, stages weigh 1, 1/2, 1/4, regressions are learned in units
 that shrink as 1, 1/2, 1/3, by a smooth l1 loss with β = 1 of them (torchvision's has 1/9), and a stage's boxes of
 ground truth are left out of the next one, which gets the ground truth itself again.
+
+A Cascade Mask R-CNN has one mask branch: it learns from the regions of the first stage and answers on the last one's
+boxes (the public codes differ: one branch as here, or one in every stage, as in the paper's Sec. 6.2 (c)).
 """
 
 from __future__ import annotations
@@ -36,6 +39,20 @@ from autodet.detectors.faster_rcnn import (
     rpn_groups,
     unsaid_rcnn,
 )
+from autodet.detectors.mask_branch import (
+    MASK_LAYERS,
+    Sizes,
+    build_mask_branch,
+    describe_mask_branch,
+    mask_counts,
+    mask_groups,
+    mask_logits,
+    mask_losses,
+    mmdet_names,
+    read_mask_branch,
+    unsaid_mask_branch,
+    with_masks,
+)
 from autodet.detectors.pyramid import build_backbone, check_rebuilt, matching
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import MMDet, Read, State, count, sizes
@@ -44,15 +61,15 @@ from autodet.detectors.traits import TRAITS
 
 UNITS: Final = (10.0, 10.0, 5.0, 5.0)  # of the first stage's regressions: torchvision's; stage s, from 1, has s · these
 POSITIVE: Final = 0.25  # of the regions that a stage learns from: torchvision's
-
-Sizes = list[tuple[int, int]]  # height and width of each image on the canvas
+UNUSED: Final = "unused."  # what mmdetection's tensors without a counterpart are called until they are left out
 
 
 class CascadeRoIHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no types
     """torchvision's RoIHeads with a box head and a predictor for each stage; its own settings are the first stage's.
 
     box_head, box_predictor: one a stage, the predictor with 4 regressions whatever the class. stage_ious: the least
-    overlap with its object of what is no background in a stage. The rest is RoIHeads's.
+    overlap with its object of what is no background in a stage. The rest is RoIHeads's; mask_branch: its parts for
+    masks, if any, by their names.
     """
 
     def __init__(
@@ -65,13 +82,16 @@ class CascadeRoIHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no typ
         score_thresh: float,
         nms_thresh: float,
         detections_per_img: int,
+        **mask_branch: nn.Module | None,
     ) -> None:
         rest = (score_thresh, nms_thresh, detections_per_img)
         settings = [
             (iou, iou, batch_size_per_image, POSITIVE, tuple(number * unit for unit in UNITS), *rest)
             for number, iou in enumerate(stage_ious, start=1)
         ]
-        super().__init__(box_roi_pool, nn.ModuleList(box_head), nn.ModuleList(box_predictor), *settings[0])
+        super().__init__(
+            box_roi_pool, nn.ModuleList(box_head), nn.ModuleList(box_predictor), *settings[0], **mask_branch
+        )
         # What samples, encodes and decodes in each stage; without parts, and so without parameters.
         self.stages = tuple(RoIHeads(None, None, None, *own) for own in settings)
 
@@ -82,7 +102,7 @@ class CascadeRoIHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no typ
         if self.training:
             sampled = Sampled(*self.select_training_samples(proposals, targets))
             return [], self.losses(features, sampled, image_shapes, targets)
-        return self.detections(self.regions(features, proposals, image_shapes), image_shapes), {}
+        return self.detections(features, proposals, image_shapes), {}
 
     def responses(
         self, stage: int, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: Sizes
@@ -118,20 +138,22 @@ class CascadeRoIHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no typ
         boxes: Tensor = coder.decode_single(regions.box_deltas.float(), torch.cat(regions.references))
         return boxes.view(len(boxes), regions.box_deltas.shape[1] // 4, 4)
 
-    def detections(self, regions: Regions, image_shapes: Sizes) -> list[Target]:
-        """What is left after thresholds and NMS."""
+    def detections(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: Sizes) -> list[Target]:
+        """What is left after thresholds and NMS, with masks R×1×M×M in their boxes where there is a branch."""
+        regions = self.regions(features, proposals, image_shapes)
         found = self.stages[-1].postprocess_detections(
             regions.class_logits, regions.box_deltas, regions.references, image_shapes
         )
-        return [
+        kept = [
             {"boxes": boxes, "scores": scores, "labels": kinds} for boxes, scores, kinds in zip(*found, strict=True)
         ]
+        return with_masks(self, features, kept, image_shapes) if self.has_mask() else kept
 
     def losses(
         self, features: dict[str, Tensor], sampled: Sampled, image_shapes: Sizes, targets: list[Target]
     ) -> dict[str, Tensor]:
-        """Two losses a stage, weighted. sampled: what the first stage learns from."""
-        found: dict[str, Tensor] = {}
+        """Two losses a stage, weighted, and that of the masks. sampled: what the first stage learns from."""
+        found = mask_losses(self, features, sampled, image_shapes, targets) if self.has_mask() else {}
         for stage in range(len(self.stages)):
             class_logits, deltas = self.responses(stage, features, sampled.boxes, image_shapes)
             loss_class, loss_box = stage_losses(class_logits, deltas, sampled)
@@ -165,7 +187,8 @@ def _no_truth(sampled: Sampled, targets: list[Target]) -> list[Tensor]:
 class CascadeRCNN(FasterRCNN):  # type: ignore[misc]  # torchvision has no types
     """torchvision's FasterRCNN with a cascade of box heads.
 
-    box_head, box_predictor, stage_ious: as ``CascadeRoIHeads`` takes them; options: all else that FasterRCNN does.
+    box_head, box_predictor, stage_ious: as ``CascadeRoIHeads`` takes them; mask_roi_pool, mask_head, mask_predictor: of
+    a Cascade Mask R-CNN, as MaskRCNN takes them; options: all else that FasterRCNN does.
     """
 
     roi_heads: CascadeRoIHeads
@@ -176,6 +199,9 @@ class CascadeRCNN(FasterRCNN):  # type: ignore[misc]  # torchvision has no types
         box_head: Sequence[nn.Module],
         box_predictor: Sequence[nn.Module],
         stage_ious: Sequence[float] = TRAITS["cascade_rcnn"].standard["stage_ious"],
+        mask_roi_pool: nn.Module | None = None,
+        mask_head: nn.Module | None = None,
+        mask_predictor: nn.Module | None = None,
         **options: Any,
     ) -> None:
         if not len(box_head) == len(box_predictor) == len(stage_ious) > 0:
@@ -192,6 +218,9 @@ class CascadeRCNN(FasterRCNN):  # type: ignore[misc]  # torchvision has no types
             one.score_thresh,
             one.nms_thresh,
             one.detections_per_img,
+            mask_roi_pool=mask_roi_pool,
+            mask_head=mask_head,
+            mask_predictor=mask_predictor,
         )
 
 
@@ -220,9 +249,22 @@ class CascadeRCNNSteps(FasterRCNNSteps):
         return dict(heads.losses(poolable(features), sampled, sizes_, inputs.ground_truth()))
 
     def selected(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
-        """The detections after NMS, boxes still in the canvas's pixels."""
-        regions = self.regions(inputs, features, self.proposals(inputs, dense))
-        return list(self.model.roi_heads.detections(regions, inputs.images.image_sizes))
+        """The detections after NMS, boxes still in the canvas's pixels, masks R×1×M×M still in their boxes."""
+        proposals, heads = self.proposals(inputs, dense), self.model.roi_heads
+        return list(heads.detections(poolable(features), proposals, inputs.images.image_sizes))
+
+
+class CascadeMaskRCNNSteps(CascadeRCNNSteps):
+    """The steps of ``detectors.steps.Masked`` on a CascadeRCNN with a mask branch."""
+
+    def region_masks(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Tensor:
+        """The mask branch's logits on given proposals."""
+        return mask_logits(self.model.roi_heads, poolable(features), proposals, inputs.images.image_sizes)
+
+
+def cascade_steps(model: CascadeRCNN, spec: DetectorSpec) -> CascadeRCNNSteps:
+    """The steps of a cascade with or without masks."""
+    return (CascadeMaskRCNNSteps if spec.masks else CascadeRCNNSteps)(model, spec)
 
 
 def build_cascade_rcnn(spec: DetectorSpec) -> CascadeRCNN:
@@ -234,7 +276,8 @@ def build_cascade_rcnn(spec: DetectorSpec) -> CascadeRCNN:
         predictors.append(FastRCNNPredictor(spec.head_width, len(spec.labels) + 1))
     for predictor in predictors:
         predictor.bbox_pred = nn.Linear(spec.head_width, 4)
-    return CascadeRCNN(build_backbone(spec), heads, predictors, spec.stage_ious, **options)
+    masks = build_mask_branch(spec) if spec.masks else {}
+    return CascadeRCNN(build_backbone(spec), heads, predictors, spec.stage_ious, **masks, **options)
 
 
 def describe_cascade_rcnn(model: CascadeRCNN, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
@@ -246,6 +289,7 @@ def describe_cascade_rcnn(model: CascadeRCNN, labels: Sequence[tuple[int, str]])
         family="cascade_rcnn",
         **describe_rcnn(model, labels, heads.box_head[0], heads.box_predictor[0]),
         stage_ious=tuple(stage.proposal_matcher.high_threshold for stage in heads.stages),
+        **(describe_mask_branch(heads) if heads.has_mask() else {}),
     )
     with torch.device("meta"):
         check_rebuilt(model, build_cascade_rcnn(spec), _unsaid)
@@ -254,17 +298,22 @@ def describe_cascade_rcnn(model: CascadeRCNN, labels: Sequence[tuple[int, str]])
 
 def _unsaid(model: CascadeRCNN) -> dict[str, object]:
     """Settings that a spec has no field for."""
-    return unsaid_rcnn(model) | {
-        "stages": tuple(
-            (
-                matching(stage.proposal_matcher),
-                tuple(stage.box_coder.weights),
-                stage.fg_bg_sampler.batch_size_per_image,
-                stage.fg_bg_sampler.positive_fraction,
+    masks = unsaid_mask_branch(model.roi_heads) if model.roi_heads.has_mask() else {}
+    return (
+        unsaid_rcnn(model)
+        | masks
+        | {
+            "stages": tuple(
+                (
+                    matching(stage.proposal_matcher),
+                    tuple(stage.box_coder.weights),
+                    stage.fg_bg_sampler.batch_size_per_image,
+                    stage.fg_bg_sampler.positive_fraction,
+                )
+                for stage in model.roi_heads.stages
             )
-            for stage in model.roi_heads.stages
-        )
-    }
+        }
+    )
 
 
 def read_cascade_rcnn(state: State) -> Read | None:
@@ -275,7 +324,8 @@ def read_cascade_rcnn(state: State) -> Read | None:
         return None
     stages = count(state, f"{ROI}box_predictor.{{}}.cls_score.weight")
     ious = tuple(round(0.5 + 0.1 * stage, 1) for stage in range(stages))
-    return sizes(state, predictor, 2)[0] - 1, read_rcnn(state, f"{ROI}box_head.0.") | {"stage_ious": ious}
+    fields = read_rcnn(state, f"{ROI}box_head.0.") | read_mask_branch(state)
+    return sizes(state, predictor, 2)[0] - 1, fields | {"stage_ious": ious}
 
 
 def head_groups(spec: DetectorSpec) -> Named:
@@ -283,18 +333,20 @@ def head_groups(spec: DetectorSpec) -> Named:
     yield from rpn_groups(spec)
     for stage in range(len(spec.stage_ious)):
         yield from box_groups(spec, f".{stage}")
+    yield from mask_groups(spec)
 
 
 def head_counts(spec: DetectorSpec) -> dict[str, int]:
     """Channels of those layers."""
     layers = [f"{layer}.{stage}" for stage in range(len(spec.stage_ious)) for layer in ("fc6", "fc7")]
-    return rpn_counts(spec) | dict.fromkeys(layers, spec.head_width)
+    return rpn_counts(spec) | dict.fromkeys(layers, spec.head_width) | mask_counts(spec)
 
 
-def _in_our_units(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """mmdetection's third stage has the rounded deviations 0.033 and 0.067 where ours, as the first public code's, has
-    1/30 and 1/15: its regressions in our units."""
-    layer, found = f"{ROI}box_predictor.2.bbox_pred", dict(state)
+    1/30 and 1/15: its regressions in our units. Of its three mask branches the last one alone."""
+    found = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
+    layer = f"{ROI}box_predictor.2.bbox_pred"
     units = torch.tensor([0.033, 0.033, 0.067, 0.067]) * torch.tensor(UNITS) * 3
     for kind in ("weight", "bias"):
         value = found.get(f"{layer}.{kind}")
@@ -305,13 +357,14 @@ def _in_our_units(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 FAMILY = Family(
     model=CascadeRCNN,
-    steps=CascadeRCNNSteps,
+    steps=cascade_steps,
     build=build_cascade_rcnn,
     describe=describe_cascade_rcnn,
     read=read_cascade_rcnn,
     head_groups=head_groups,
     head_counts=head_counts,
     class_layers={f"{ROI}box_predictor.{{}}.cls_score": 1},
+    mask_layers=MASK_LAYERS,
     mmdet=MMDet(
         mark="roi_head.bbox_head.0.fc_cls.weight",
         names=(
@@ -320,8 +373,10 @@ FAMILY = Family(
             (r"roi_head\.bbox_head\.(\d+)\.shared_fcs\.1\.", rf"{ROI}box_head.\1.fc7."),
             (r"roi_head\.bbox_head\.(\d+)\.fc_cls\.", rf"{ROI}box_predictor.\1.cls_score."),
             (r"roi_head\.bbox_head\.(\d+)\.fc_reg\.", rf"{ROI}box_predictor.\1.bbox_pred."),
+            *mmdet_names(r"\.2"),
+            (r"roi_head\.mask_head\.", UNUSED),
         ),
         spec=MMDET_REGIONS,
-        adjust=_in_our_units,
+        adjust=_as_ours,
     ),
 )

@@ -37,6 +37,13 @@ RPN_NAMES = (  # mmdetection's → ours
     (r"rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
     (r"rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
 )
+MMDET_NAMES = (
+    *RPN_NAMES,
+    (r"roi_head\.bbox_head\.shared_fcs\.0\.", f"{ROI}box_head.fc6."),
+    (r"roi_head\.bbox_head\.shared_fcs\.1\.", f"{ROI}box_head.fc7."),
+    (r"roi_head\.bbox_head\.fc_cls\.", f"{ROI}box_predictor.cls_score."),
+    (r"roi_head\.bbox_head\.fc_reg\.", f"{ROI}box_predictor.bbox_pred."),
+)
 MMDET_REGIONS = {"roi_aligned": True, "roi_sampling": 0}  # how mmdetection pools regions
 
 
@@ -327,13 +334,7 @@ FAMILY = Family(
     class_layers={f"{ROI}box_predictor.cls_score": 1, f"{ROI}box_predictor.bbox_pred": 4},
     mmdet=MMDet(
         mark="roi_head.bbox_head.fc_cls.weight",
-        names=(
-            *RPN_NAMES,
-            (r"roi_head\.bbox_head\.shared_fcs\.0\.", f"{ROI}box_head.fc6."),
-            (r"roi_head\.bbox_head\.shared_fcs\.1\.", f"{ROI}box_head.fc7."),
-            (r"roi_head\.bbox_head\.fc_cls\.", f"{ROI}box_predictor.cls_score."),
-            (r"roi_head\.bbox_head\.fc_reg\.", f"{ROI}box_predictor.bbox_pred."),
-        ),
+        names=MMDET_NAMES,
         spec=MMDET_REGIONS,
     ),
 )

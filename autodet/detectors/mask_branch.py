@@ -11,13 +11,16 @@ from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_
 from torchvision.ops import MultiScaleRoIAlign
 
 from autodet.detectors.dims import Named, Transposed, biased
-from autodet.detectors.faster_rcnn import ROI, Sampled, poolable, region_pool
+from autodet.detectors.faster_rcnn import ROI, Sampled, region_pool
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import State, count, sizes
-from autodet.detectors.steps import Features, Inputs, Target
+from autodet.detectors.steps import Target
 
 HEAD, PREDICTOR = f"{ROI}mask_head.", f"{ROI}mask_predictor."
-MASK_CLASS_LAYERS: Final = {f"{PREDICTOR}mask_fcn_logits": 1}
+MASK_LAYERS: Final = {f"{PREDICTOR}mask_fcn_logits": 1}
+
+Maps = dict[str, Tensor]  # the pyramid under the names that the pooling knows
+Sizes = list[tuple[int, int]]  # height and width of each image on the canvas
 
 
 def build_mask_branch(spec: DetectorSpec) -> dict[str, nn.Module]:
@@ -29,28 +32,29 @@ def build_mask_branch(spec: DetectorSpec) -> dict[str, nn.Module]:
     }
 
 
-def mask_logits(heads: Any, inputs: Inputs, features: Features, boxes: list[Tensor]) -> Tensor:
+def mask_logits(heads: Any, maps: Maps, boxes: list[Tensor], image_sizes: Sizes) -> Tensor:
     """Logits R×(K+1)×M×M of the masks on the boxes, per image R_i×4 in the canvas's pixels; M = 2 · mask_roi_size."""
-    pooled = heads.mask_roi_pool(poolable(features), boxes, inputs.images.image_sizes)
+    pooled = heads.mask_roi_pool(maps, boxes, image_sizes)
     logits: Tensor = heads.mask_predictor(heads.mask_head(pooled))
     return logits
 
 
-def mask_losses(heads: Any, inputs: Inputs, features: Features, sampled: Sampled) -> dict[str, Tensor]:
+def mask_losses(
+    heads: Any, maps: Maps, sampled: Sampled, image_sizes: Sizes, targets: list[Target]
+) -> dict[str, Tensor]:
     """The mean binary cross-entropy of the masks of the sampled regions that are objects, each of its own class (He et
     al. 2017, section 3)."""
-    targets = inputs.ground_truth()
     objects = [torch.where(labels > 0)[0] for labels in sampled.labels]
     boxes = [found[rows] for found, rows in zip(sampled.boxes, objects, strict=True)]
     matched = [numbers[rows] for numbers, rows in zip(sampled.matched, objects, strict=True)]
     masks, labels = ([target[name] for target in targets] for name in ("masks", "labels"))
-    logits = mask_logits(heads, inputs, features, boxes)
+    logits = mask_logits(heads, maps, boxes, image_sizes)
     return {"loss_mask": maskrcnn_loss(logits, boxes, masks, labels, matched)}
 
 
-def with_masks(heads: Any, inputs: Inputs, features: Features, found: list[Target]) -> list[Target]:
+def with_masks(heads: Any, maps: Maps, found: list[Target], image_sizes: Sizes) -> list[Target]:
     """Detections (boxes in the canvas's pixels) with the masks of their classes: R×1×M×M, each in its box, in 0–1."""
-    logits = mask_logits(heads, inputs, features, [image["boxes"] for image in found])
+    logits = mask_logits(heads, maps, [image["boxes"] for image in found], image_sizes)
     masks = maskrcnn_inference(logits, [image["labels"] for image in found])
     return [image | {"masks": own} for image, own in zip(found, masks, strict=True)]
 
@@ -99,3 +103,13 @@ def mask_counts(spec: DetectorSpec) -> dict[str, int]:
     """Channels of those groups."""
     names = [f"mask.{index}" for index in range(spec.mask_depth)]
     return dict.fromkeys([*names, "mask.up"], spec.mask_width) if spec.masks else {}
+
+
+def mmdet_names(stage: str = "") -> tuple[tuple[str, str], ...]:
+    """mmdetection's names of a branch → ours; stage: what follows its name where there are several, as ``\\.2``."""
+    branch = rf"roi_head\.mask_head{stage}\."
+    return (
+        (rf"{branch}convs\.(\d+)\.conv\.", rf"{HEAD}\1.0."),
+        (rf"{branch}upsample\.", f"{PREDICTOR}conv5_mask."),
+        (rf"{branch}conv_logits\.", f"{PREDICTOR}mask_fcn_logits."),
+    )

@@ -10,22 +10,31 @@ from torchvision.models.detection import MaskRCNN
 
 from autodet.detectors import faster_rcnn
 from autodet.detectors.dims import Named
-from autodet.detectors.faster_rcnn import FasterRCNNSteps, Sampled, describe_rcnn, rcnn_options, unsaid_rcnn
+from autodet.detectors.faster_rcnn import (
+    MMDET_REGIONS,
+    FasterRCNNSteps,
+    Sampled,
+    describe_rcnn,
+    poolable,
+    rcnn_options,
+    unsaid_rcnn,
+)
 from autodet.detectors.mask_branch import (
-    MASK_CLASS_LAYERS,
+    MASK_LAYERS,
     build_mask_branch,
     describe_mask_branch,
     mask_counts,
     mask_groups,
     mask_logits,
     mask_losses,
+    mmdet_names,
     read_mask_branch,
     unsaid_mask_branch,
     with_masks,
 )
 from autodet.detectors.pyramid import build_backbone, check_rebuilt
 from autodet.detectors.spec import DetectorSpec
-from autodet.detectors.state import Read, State
+from autodet.detectors.state import MMDet, Read, State
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
 
@@ -36,16 +45,19 @@ class MaskRCNNSteps(FasterRCNNSteps):
 
     def region_losses(self, inputs: Inputs, features: Features, sampled: Sampled) -> dict[str, Tensor]:
         """The second stage's losses, of its masks too."""
-        losses = super().region_losses(inputs, features, sampled)
-        return losses | mask_losses(self.model.roi_heads, inputs, features, sampled)
+        losses, image_sizes = super().region_losses(inputs, features, sampled), inputs.images.image_sizes
+        return losses | mask_losses(
+            self.model.roi_heads, poolable(features), sampled, image_sizes, inputs.ground_truth()
+        )
 
     def selected(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
         """The detections after NMS, boxes still in the canvas's pixels, masks R×1×M×M still in their boxes."""
-        return with_masks(self.model.roi_heads, inputs, features, super().selected(inputs, features, dense))
+        found = super().selected(inputs, features, dense)
+        return with_masks(self.model.roi_heads, poolable(features), found, inputs.images.image_sizes)
 
     def region_masks(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Tensor:
         """The mask branch's logits on given proposals."""
-        return mask_logits(self.model.roi_heads, inputs, features, proposals)
+        return mask_logits(self.model.roi_heads, poolable(features), proposals, inputs.images.image_sizes)
 
 
 def build_mask_rcnn(spec: DetectorSpec) -> MaskRCNN:
@@ -92,5 +104,11 @@ FAMILY = Family(
     read=read_mask_rcnn,
     head_groups=head_groups,
     head_counts=head_counts,
-    class_layers={**faster_rcnn.FAMILY.class_layers, **MASK_CLASS_LAYERS},
+    class_layers=faster_rcnn.FAMILY.class_layers,
+    mask_layers=MASK_LAYERS,
+    mmdet=MMDet(
+        mark="roi_head.mask_head.conv_logits.weight",
+        names=(*faster_rcnn.MMDET_NAMES, *mmdet_names()),
+        spec=MMDET_REGIONS,
+    ),
 )

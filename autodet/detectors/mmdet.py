@@ -113,7 +113,7 @@ def _check_style(state: State) -> None:
 def _with_background(family: Family, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The layers that answer for classes, with the background as class 0."""
     found, stages = dict(state), range(len(state))
-    for pattern, each in family.class_layers.items():
+    for pattern, each in {**family.class_layers, **family.mask_layers}.items():
         for layer in dict.fromkeys(pattern.format(stage) for stage in stages):
             if f"{layer}.weight" not in state:
                 break

@@ -8,7 +8,7 @@ one file with these steps and a ``Family`` of what else is particular to it, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -144,7 +144,8 @@ class Family:
     cannot say a part. read: what a state dict's head tells, None where it is another family's. head_groups: the head's
     tensors and whose channels their dimensions are; head_counts: channels of the groups that the head itself makes.
     class_layers: layers that answer for every class → how many numbers in a row are of one class; ``{}`` in a name
-    stands for the number of a stage of box heads. mmdet: how mmdetection's weights of the family are read, if at all.
+    stands for the number of a stage of box heads; mask_layers: further ones, of detectors with masks. mmdet: how
+    mmdetection's weights of the family are read, if at all.
     """
 
     model: type[nn.Module]
@@ -155,9 +156,11 @@ class Family:
     head_groups: Callable[[DetectorSpec], Named]
     head_counts: Callable[[DetectorSpec], dict[str, int]]
     class_layers: Mapping[str, int]
+    mask_layers: Mapping[str, int] = field(default_factory=dict)
     mmdet: MMDet | None = None
 
     def class_layers_of(self, spec: DetectorSpec) -> dict[str, int]:
         """The class layers of one detector, by their whole names."""
         stages = range(max(1, len(spec.stage_ious)))
-        return {name.format(stage): each for name, each in self.class_layers.items() for stage in stages}
+        layers = {**self.class_layers, **(self.mask_layers if spec.masks else {})}
+        return {name.format(stage): each for name, each in layers.items() for stage in stages}

@@ -69,7 +69,7 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "faster_rcnn": Traits(True, ("pool",), fixed={"anchor_octaves": 1}),
     "retinanet": Traits(False, ("neck", "body"), {**_ONE_STAGE, "anchor_octaves": 3, "detections": 300}, layers=4),
     "fcos": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_FCOS}, _ONE_ANCHOR, grouped=True, reach=FCOS_REACH),
-    "cascade_rcnn": Traits(True, ("pool",), _CASCADE, {"anchor_octaves": 1}, cascaded=True),
+    "cascade_rcnn": Traits(True, ("pool",), _CASCADE, {"anchor_octaves": 1}, masks=(False, True), cascaded=True),
     "gfl": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_GFL}, _ONE_ANCHOR, grouped=True, distributions=True),
     "mask_rcnn": Traits(True, ("pool",), {"mask_depth": 4}, {"anchor_octaves": 1}, masks=(True,)),
     "reppoints": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_REPPOINTS}, _ONE_ANCHOR, grouped=True),

@@ -39,7 +39,7 @@ Targets = list[dict[str, Tensor]]
 
 
 def small_spec(family: str, labels: tuple[tuple[int, str], ...] = LABELS, **changes: Any) -> DetectorSpec:
-    """torchvision's detector of a family for images of 64×96, narrow, and quick to find something."""
+    """The usual detector of a family for images of 64×96, narrow, and quick to find something; with masks if it can."""
     spec = standard_spec(family, BODY, labels).at_size(64)
     values: dict[str, Any] = {"neck_width": 16, "max_size": 96, "score_threshold": 0.01, "detections": 80}
     if spec.two_stage:
@@ -47,7 +47,7 @@ def small_spec(family: str, labels: tuple[tuple[int, str], ...] = LABELS, **chan
         values |= {"regions_per_image": 32}
     else:
         values |= {"candidates": 60, "head_depth": 2}
-    if spec.masks:
+    if True in spec.traits.masks:
         values |= {"mask_depth": 2, "mask_width": 12, "mask_roi_size": 4}
     if spec.head_groups:
         values["head_groups"] = 4

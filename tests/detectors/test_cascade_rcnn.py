@@ -5,27 +5,29 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from detector_cases import LABELS, assert_same_detections, batch, small_spec, steps, stirred
+from detector_cases import LABELS, assert_same_detections, batch, small_spec, step_losses, steps, stirred
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from autodet.data import BatchPlan, ImageCache, Loader, read_dataset, write_shapes
-from autodet.data.shapes import CATEGORY_IDS
-from autodet.detectors import Arch, Detector, DetectorSpec, SpecError, adapt, build, detect
-from autodet.detectors.cascade_rcnn import CascadeRCNN, CascadeRCNNSteps, CascadeRoIHeads, build_cascade_rcnn
+from autodet.detectors import DetectorSpec, SpecError, adapt, build, detect
+from autodet.detectors.cascade_rcnn import (
+    CascadeMaskRCNNSteps,
+    CascadeRCNN,
+    CascadeRCNNSteps,
+    CascadeRoIHeads,
+    build_cascade_rcnn,
+)
 from autodet.detectors.faster_rcnn import poolable, region_pool
-from autodet.evaluation import evaluate
+from autodet.detectors.weights import load_strict
 from autodet.morphism.labels import keep_labels
 from autodet.morphism.pruning import prune_head
-from autodet.training import Trainer, TrainSettings
 
-SPEC = small_spec("cascade_rcnn")
+SPEC = small_spec("cascade_rcnn", mask_depth=0)
 SHAPES = [(64, 96), (60, 80)]
 
 
@@ -308,6 +310,30 @@ def boxes_of_every_class(model: Any) -> None:
     model.roi_heads.box_predictor[1].bbox_pred = nn.Linear(SPEC.head_width, 12)
 
 
+# Masks. ---
+
+
+def test_masks_are_learned_from_the_first_stages_regions_and_given_to_the_last_ones_boxes() -> None:
+    """By the branch of a Mask R-CNN, on these regions and on what is found."""
+    spec = small_spec("cascade_rcnn")
+    masked, plain = stirred(spec), detector_of(replace(spec, mask_depth=0))
+    load_strict(plain.model, {name: v for name, v in masked.model.state_dict().items() if ".mask_" not in name}, "test")
+    assert isinstance(masked, CascadeMaskRCNNSteps)
+    images, targets = batch()
+    torch.manual_seed(3)
+    expected = step_losses(plain, images, targets)
+    torch.manual_seed(3)
+    found = step_losses(masked, images, targets)
+    assert found.pop("loss_mask") > 0 and found == expected
+    inputs, features, dense = steps(masked, images)
+    with torch.no_grad():
+        chosen = masked.selected(inputs, features, dense)
+        logits = masked.region_masks(inputs, features, [image["boxes"] for image in chosen])
+    kinds = torch.cat([image["labels"] for image in chosen])
+    own = logits[torch.arange(len(kinds)), kinds].sigmoid()
+    torch.testing.assert_close(torch.cat([image["masks"] for image in chosen])[:, 0], own)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [(looser, "stages is"), (other_units, "stages is"), (more_objects, "stages is"),
@@ -344,30 +370,3 @@ def test_a_users_cascade_has_the_usual_overlaps() -> None:
         (20, 20, 10, 10),
         (30, 30, 15, 15),
     ]
-
-
-@pytest.mark.slow
-def test_ten_images_are_learned_by_heart(tmp_path: Path) -> None:
-    write_shapes(tmp_path / "data", 10, 1, size=(96, 64), seed=1)
-    dataset = read_dataset(tmp_path / "data")["train"]
-    labels = tuple((id_, name) for name, id_ in CATEGORY_IDS.items())
-    spec = replace(
-        small_spec("cascade_rcnn", labels),
-        body=Arch.parse("basic-16:16x1-32x1-64x1-64x1"),
-        neck_width=32,
-        head_width=64,
-        roi_size=5,
-        anchor_sizes=(8, 16, 24, 32, 64),
-        score_threshold=0.05,
-        proposals_before_nms=(300, 200),
-        proposals=(200, 100),
-        regions_per_image=64,
-    )
-    detector: Detector = build(spec)
-    cache = ImageCache(dataset, spec.min_size, spec.max_size, tmp_path / "cache")
-    loader = Loader(cache, dataset, spec.label_map, BatchPlan(5, seed=0, flip=0))
-    trainer = Trainer(detector, loader, TrainSettings(200, 5, lr=2e-3, flip=0), seed=0)
-    for _ in trainer.epochs():
-        pass
-    found = evaluate(lambda batch: detect(detector, batch.images), loader, dataset, spec.categories)
-    assert found.ap is not None and found.ap > 0.9

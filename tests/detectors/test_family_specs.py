@@ -65,7 +65,12 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         found["other pooling"] = replace(spec, roi_aligned=True, roi_sampling=0)
     else:
         found["no ReLU"] = replace(spec, top_relu=False)
+    if spec.masks and False in TRAITS[family].masks:
+        found["no masks"] = replace(spec, **MASKLESS)
     return found | {f"top {top}": replace(spec, top=top) for top in TRAITS[family].tops}
+
+
+MASKLESS: dict[str, Any] = {"mask_depth": 0, "mask_width": 256, "mask_roi_size": 14}  # a spec's own values
 
 
 def with_body_levels(spec: DetectorSpec, body_levels: tuple[int, ...]) -> DetectorSpec:

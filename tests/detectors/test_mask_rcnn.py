@@ -105,10 +105,11 @@ def test_no_detections_have_no_masks() -> None:
     assert tuple(found["masks"].shape) == (0, 1, 48, 72)
 
 
-def test_only_families_with_a_mask_branch_have_its_step() -> None:
+def test_only_detectors_with_a_mask_branch_have_its_step() -> None:
     with torch.device("meta"):
-        assert isinstance(build(SPEC), Masked)
-        assert not isinstance(build(small_spec("faster_rcnn")), Masked)
+        assert isinstance(build(SPEC), Masked) and isinstance(build(small_spec("cascade_rcnn")), Masked)
+        for other in (small_spec("faster_rcnn"), small_spec("cascade_rcnn", mask_depth=0)):
+            assert not isinstance(build(other), Masked)
 
 
 def test_a_mask_rcnn_is_not_taken_for_a_faster_rcnn() -> None:

@@ -13,7 +13,7 @@ from detector_cases import LABELS, batch, steps
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from autodet.detectors import Detector, SpecError, TwoStage, detector_of_state_dict, load_any_detector
+from autodet.detectors import Detector, Masked, SpecError, TwoStage, detector_of_state_dict, load_any_detector
 from autodet.detectors.mmdet import COCO_80, is_mmdet
 from autodet.detectors.steps import Features, Inputs
 from autodet.detectors.weights import WeightsError
@@ -92,6 +92,24 @@ def cascade_rcnn() -> State:
     return state
 
 
+def mask_head(name: str) -> State:
+    state: State = {}
+    layer(state, f"{name}.convs.0.conv", 12, NECK, 3, 3)
+    layer(state, f"{name}.convs.1.conv", 12, 12, 3, 3)
+    layer(state, f"{name}.upsample", 12, 12, 2, 2)
+    layer(state, f"{name}.conv_logits", CLASSES, 12, 1, 1)
+    return state
+
+
+def mask_rcnn() -> State:
+    return faster_rcnn() | mask_head("roi_head.mask_head")
+
+
+def cascade_mask_rcnn() -> State:
+    branches = [mask_head(f"roi_head.mask_head.{stage}") for stage in range(3)]
+    return cascade_rcnn() | branches[0] | branches[1] | branches[2]
+
+
 def retinanet(on_input: bool = True, groups: bool = False) -> State:
     state = body() | neck(1, above=2, on_input=on_input)
     for tower in ("cls", "reg"):
@@ -109,7 +127,12 @@ def fcos() -> State:
     return state | {f"bbox_head.scales.{level}.scale": torch.rand(()) + 0.5 for level in range(5)}
 
 
-HEADS = {"faster_rcnn": faster_rcnn, "retinanet": retinanet, "cascade_rcnn": cascade_rcnn}
+HEADS = {
+    "faster_rcnn": faster_rcnn,
+    "retinanet": retinanet,
+    "cascade_rcnn": cascade_rcnn,
+    "mask_rcnn": mask_rcnn,
+}
 every = pytest.mark.parametrize("family", HEADS)
 
 
@@ -225,14 +248,19 @@ def regressed(boxes: Tensor, deltas: Tensor, deviations: tuple[float, ...]) -> T
     return torch.cat([centre - half, centre + half], 1)
 
 
-def answered(state: State, name: str, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """mmdetection's pooling (level by √area / 56, half a cell's offset, a point a cell) and its box head."""
+def pooled(features: Features, boxes: Tensor, bins: int) -> Tensor:
+    """mmdetection's pooling of the first image: level by √area / 56, half a cell's offset, a point a cell."""
     rows = []
     for box in boxes:
         side = ((box[2] - box[0]) * (box[3] - box[1])).sqrt()
         stride = 4 * 2 ** int(torch.log2(side / 56 + 1e-6).floor().clamp(0, 3))
-        rows.append(roi_align(features[stride][:1], [box[None]], BINS, 1 / stride, 0, aligned=True).flatten(1))
-    value = torch.cat(rows)
+        rows.append(roi_align(features[stride][:1], [box[None]], bins, 1 / stride, 0, aligned=True))
+    return torch.cat(rows)
+
+
+def answered(state: State, name: str, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """mmdetection's box head."""
+    value = pooled(features, boxes, BINS).flatten(1)
     for index in (0, 1):
         weights = (state[f"{name}.shared_fcs.{index}.{kind}"] for kind in ("weight", "bias"))
         value = F.linear(value, *weights).relu()
@@ -281,6 +309,26 @@ def test_a_cascades_regions_are_mmdetections_but_for_how_scores_are_averaged() -
     for label in range(CLASSES + 1):
         torch.testing.assert_close(found[:, label], boxes, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(chances, torch.stack(scores).mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "branch"), [(mask_rcnn, ""), (cascade_mask_rcnn, ".2")])
+def test_masks_on_regions_are_mmdetections(make: Any, branch: str) -> None:
+    """Of a cascade's three branches, those of the last one."""
+    state = make()
+    detector = loaded(state)
+    spec, name = detector.spec, f"roi_head.mask_head{branch}"
+    assert (spec.mask_depth, spec.mask_width, spec.mask_roi_size) == (2, 12, 14)
+    assert isinstance(detector, Masked)
+    inputs, features, _ = answers(detector)
+    nothing = torch.zeros(0, 4)
+    with torch.no_grad():
+        found = detector.region_masks(inputs, features, [REGIONS, nothing, nothing])
+    value = pooled(features, REGIONS, 14)
+    for index in range(2):
+        value = conv(state, f"{name}.convs.{index}.conv", value, padding=1).relu()
+    weight, bias = (state[f"{name}.upsample.{kind}"] for kind in ("weight", "bias"))
+    expected = conv(state, f"{name}.conv_logits", F.conv_transpose2d(value, weight, bias, stride=2).relu())
+    torch.testing.assert_close(found[:, 1:], expected, rtol=1e-4, atol=1e-4)
 
 
 # Files. ---

@@ -55,13 +55,12 @@ from autodet.detectors.mask_branch import (
 )
 from autodet.detectors.pyramid import build_backbone, check_rebuilt, matching
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.state import MMDet, Read, State, count, sizes
+from autodet.detectors.state import UNUSED, MMDet, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Regions, Target
 from autodet.detectors.traits import TRAITS
 
 UNITS: Final = (10.0, 10.0, 5.0, 5.0)  # of the first stage's regressions: torchvision's; stage s, from 1, has s · these
 POSITIVE: Final = 0.25  # of the regions that a stage learns from: torchvision's
-UNUSED: Final = "unused."  # what mmdetection's tensors without a counterpart are called until they are left out
 
 
 class CascadeRoIHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no types
@@ -345,8 +344,7 @@ def head_counts(spec: DetectorSpec) -> dict[str, int]:
 def _as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """mmdetection's third stage has the rounded deviations 0.033 and 0.067 where ours, as the first public code's, has
     1/30 and 1/15: its regressions in our units. Of its three mask branches the last one alone."""
-    found = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
-    layer = f"{ROI}box_predictor.2.bbox_pred"
+    layer, found = f"{ROI}box_predictor.2.bbox_pred", dict(state)
     units = torch.tensor([0.033, 0.033, 0.067, 0.067]) * torch.tensor(UNITS) * 3
     for kind in ("weight", "bias"):
         value = found.get(f"{layer}.{kind}")

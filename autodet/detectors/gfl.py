@@ -22,7 +22,7 @@ from autodet.detectors.one_box import OneBoxDetector, Outputs, conv_tower, convo
 from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
 from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, sizes
+from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, UNUSED, MMDet, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
 PRIOR = 0.01  # score of every class before training (Lin et al. 2017)
@@ -247,6 +247,14 @@ def head_groups(spec: DetectorSpec) -> Named:
     yield from tower_groups(spec, "regression", True, ("bbox_reg",))
 
 
+def _scales_in_one(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """mmdetection keeps the factor of each level by itself."""
+    factors = [name for name in state if name.startswith(f"{REGRESS}scales.")]
+    levels = sorted(factors, key=lambda name: int(name.rpartition(".")[2]))
+    rest = {name: value for name, value in state.items() if name not in factors}
+    return rest | ({f"{REGRESS}scales": torch.stack([state[name].reshape(()) for name in levels])} if levels else {})
+
+
 FAMILY = Family(
     model=GFL,
     steps=GFLSteps,
@@ -256,4 +264,16 @@ FAMILY = Family(
     head_groups=head_groups,
     head_counts=tower_counts,
     class_layers={f"{CLASSIFY}cls_logits": 1},
+    mmdet=MMDet(
+        mark="bbox_head.gfl_cls.weight",
+        names=(
+            *TOWER_NAMES,
+            (r"bbox_head\.gfl_cls\.", f"{CLASSIFY}cls_logits."),
+            (r"bbox_head\.gfl_reg\.", f"{REGRESS}bbox_reg."),
+            (r"bbox_head\.scales\.(\d+)\.scale", rf"{REGRESS}scales.\1"),
+            (r"bbox_head\.integral\.project", UNUSED),  # 0, 1, …, which we count ourselves
+        ),
+        spec={"top_relu": False},
+        adjust=_scales_in_one,
+    ),
 )

@@ -10,12 +10,14 @@ What names alone do not do:
 
 The same there and here: anchors' sizes, ratios and order (torchvision's are rounded to whole pixels), units of
 regressions but for a cascade's third stage, the images' mean and deviation, norms' eps, P6 by pooling, the nearest
-cell in the pyramid's sums, selection and NMS. Left as it is here: of a cascade, probabilities are averaged, not logits.
+cell in the pyramid's sums, selection and NMS. Left as it is here: of a cascade, probabilities are averaged, not logits;
+locations of levels whose strides do not divide the canvas (64 and 128) are spread evenly over it, as torchvision's.
 
 Refused, since no spec of ours computes it: "caffe" bodies, whose stride is in the first convolution of a block and
-whose images are BGR in 0–255, deformable convolutions, group norms, FCOS heads. What no tensor tells is taken to be as
-in the usual configurations, and could only be checked on real weights and images: anchors, the ReLU, the offset, that
-the version is 2 or later (1.x has the background first), that images are as torchvision's.
+whose images are BGR in 0–255, modulated deformable convolutions, pyramids with group norms (of most RepPoints), FCOS
+heads. What no tensor tells is taken to be as in the usual configurations, and could only be checked on real weights and
+images: anchors, the ReLU, the offset, that the version is 2 or later (1.x has the background first), that images are as
+torchvision's.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from autodet.detectors.build import FAMILY_OF
 from autodet.detectors.spec import SpecError
-from autodet.detectors.state import State, count
+from autodet.detectors.state import UNUSED, State, count
 from autodet.detectors.steps import Family
 from autodet.detectors.traits import TRAITS
 
@@ -64,7 +66,8 @@ def from_mmdet(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"it is a {name} of mmdetection's with parts that have no counterpart here: {', '.join(unknown[:4])}"
             f"{'' if len(unknown) <= 4 else f' and {len(unknown) - 4} more tensors'}."
         )
-    return _with_background(family, name, family.mmdet.adjust(renamed)), dict(family.mmdet.spec)
+    adjusted = family.mmdet.adjust({name: value for name, value in renamed.items() if not name.startswith(UNUSED)})
+    return _with_background(family, name, adjusted), dict(family.mmdet.spec)
 
 
 def _family(state: State) -> tuple[str, Family]:

@@ -118,8 +118,8 @@ class OneBoxDetector(nn.Module):
 
 
 def conv_tower(width: int, depth: int, groups: int) -> nn.Sequential:
-    """Convolutions 3×3 with group norms and ReLUs, named in pairs as torchvision's RetinaNet names them."""
-    norm = partial(nn.GroupNorm, groups)
+    """Convolutions 3×3, group norms unless ``groups`` is 0, and ReLUs, named as torchvision's RetinaNet names them."""
+    norm = partial(nn.GroupNorm, groups) if groups else None
     layers = [Conv2dNormActivation(width, width, 3, norm_layer=norm) for _ in range(depth)]
     for layer in layers:
         nn.init.normal_(layer[0].weight, std=0.01)

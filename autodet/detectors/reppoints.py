@@ -23,7 +23,7 @@ from autodet.detectors.one_stage import describe_selection, flatten, frame_optio
 from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.reppoints_loss import BETWEEN, NOTHING, assign_nearest, assign_overlapping, box_loss, moment_box
 from autodet.detectors.spec import DetectorSpec, SpecError
-from autodet.detectors.state import CLASSIFY, REGRESS, Read, State, count, sizes
+from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, MMDet, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 
 PRIOR: Final = 0.01  # score of every class before training (Lin et al. 2017)
@@ -33,8 +33,8 @@ USUAL_SIDE: Final = 4 * math.sqrt(2)  # of a level's objects, in strides: of siz
 
 
 class RepPointsClassificationHead(nn.Module):
-    """Class scores of a level's locations: a tower of convolutions with group norms, one that looks at the location's
-    points, and a last one.
+    """Class scores of a level's locations: a tower of convolutions, with group norms if ``groups`` is not 0, one that
+    looks at the location's points, and a last one.
 
     num_classes: with the background, whose channel 0 is there as in torchvision's heads. No location ever learns it,
     so that it falls silent, and no detection is made of it.
@@ -259,7 +259,7 @@ def describe_reppoints(model: RepPoints, labels: Sequence[tuple[int, str]]) -> D
         anchor_sizes=tuple(sizes[0] for sizes in model.anchor_generator.sizes),
         anchor_ratios=(1.0,),
         head_depth=len(classify.conv),
-        head_groups=next(module.num_groups for module in classify.modules() if isinstance(module, nn.GroupNorm)),
+        head_groups=next((part.num_groups for part in classify.modules() if isinstance(part, nn.GroupNorm)), 0),
         points=model.head.regression_head.num_points,
         **describe_selection(model),
     )
@@ -282,6 +282,7 @@ def read_reppoints(state: State) -> Read | None:
         return None
     return sizes(state, f"{CLASSIFY}cls_logits.weight", 4)[0] - 1, {
         "points": sizes(state, f"{REGRESS}init_points.weight", 4)[0] // 2,
+        **({} if f"{CLASSIFY}conv.0.1.weight" in state else {"head_groups": 0}),
         "head_depth": count(state, CLASSIFY + "conv.{}.0.weight"),
     }
 
@@ -300,7 +301,8 @@ def head_groups(spec: DetectorSpec) -> Named:
     """The channels of the towers, and between the layers that read them."""
     for tower, layers in READERS.items():
         yield from tower_groups(spec, tower, True, ())
-        last: Dim = Blocks(f"{tower}.{spec.head_depth - 1}", spec.neck_width // spec.head_groups)
+        made = f"{tower}.{spec.head_depth - 1}"
+        last: Dim = Blocks(made, spec.neck_width // spec.head_groups) if spec.head_groups else made
         for layer, (reader, between) in layers.items():
             yield f"head.{tower}_head.{layer}.weight", (between, last)
             yield f"head.{tower}_head.{reader}.weight", (None, between)
@@ -322,4 +324,16 @@ FAMILY = Family(
     head_groups=head_groups,
     head_counts=head_counts,
     class_layers={f"{CLASSIFY}cls_logits": 1},
+    mmdet=MMDet(
+        mark="bbox_head.reppoints_cls_out.weight",
+        names=(
+            *TOWER_NAMES,
+            (r"bbox_head\.reppoints_cls_conv\.", f"{CLASSIFY}cls_conv."),
+            (r"bbox_head\.reppoints_cls_out\.", f"{CLASSIFY}cls_logits."),
+            (r"bbox_head\.reppoints_pts_(init|refine)_conv\.", rf"{REGRESS}\1_conv."),
+            (r"bbox_head\.reppoints_pts_(init|refine)_out\.", rf"{REGRESS}\1_points."),
+            (r"bbox_head\.moment_transfer", f"{REGRESS}box_scale"),
+        ),
+        spec={"top_relu": False},
+    ),
 )

@@ -22,6 +22,7 @@ TOWER_NAMES: Final = (
     (r"bbox_head\.reg_convs\.(\d+)\.conv\.", rf"{REGRESS}conv.\1.0."),
     (r"bbox_head\.reg_convs\.(\d+)\.gn\.", rf"{REGRESS}conv.\1.1."),
 )
+UNUSED: Final = "unused."  # what tensors without a counterpart are called, by a replacement, until they are left out
 ADAPT: Final = "build that model yourself and give it to adapt()"
 
 

@@ -72,5 +72,5 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "cascade_rcnn": Traits(True, ("pool",), _CASCADE, {"anchor_octaves": 1}, masks=(False, True), cascaded=True),
     "gfl": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_GFL}, _ONE_ANCHOR, grouped=True, distributions=True),
     "mask_rcnn": Traits(True, ("pool",), {"mask_depth": 4}, {"anchor_octaves": 1}, masks=(True,)),
-    "reppoints": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_REPPOINTS}, _ONE_ANCHOR, grouped=True),
+    "reppoints": Traits(False, ("neck", "body"), {**_ONE_STAGE, **_REPPOINTS}, _ONE_ANCHOR),
 }

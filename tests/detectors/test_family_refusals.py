@@ -85,7 +85,6 @@ def test_no_family_can_have(family: str, change: dict[str, Any], reason: str) ->
         ("gfl", {"head_groups": 0}, "the head of a gfl has group norms: head_groups is 0"),
         ("gfl", {"reg_max": 0}, "reg_max is 0, expected at least 1"),
         ("reppoints", {"anchor_ratios": (0.5, 1.0)}, "anchor_ratios is .0.5, 1.0., but always"),
-        ("reppoints", {"head_groups": 0}, "the head of a reppoints has group norms: head_groups is 0"),
         ("reppoints", {"points": 16}, "points is 16, expected the square of an odd number, one of 9, 25, 49"),
         ("reppoints", {"points": 1}, "points is 1, expected the square of an odd number"),
         ("fcos", {"top": "pool"}, "top 'pool' is none of neck, body, which a fcos may have"),

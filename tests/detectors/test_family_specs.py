@@ -65,6 +65,8 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         found["other pooling"] = replace(spec, roi_aligned=True, roi_sampling=0)
     else:
         found["no ReLU"] = replace(spec, top_relu=False)
+    if spec.head_groups and not TRAITS[family].grouped:
+        found["no norms in its head"] = replace(spec, head_groups=0)
     if spec.masks and False in TRAITS[family].masks:
         found["no masks"] = replace(spec, **MASKLESS)
     return found | {f"top {top}": replace(spec, top=top) for top in TRAITS[family].tops}

@@ -74,7 +74,7 @@ def test_losses_equal_the_plain_forward(family: str, labels: tuple[tuple[int, st
 @pytest.mark.parametrize("labels", [ONE, LABELS], ids=["one class", "two classes"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_detections_equal_the_plain_forward(family: str, labels: tuple[tuple[int, str], ...], sizes: str) -> None:
-    torch.manual_seed(2)  # with these weights each family finds both classes
+    torch.manual_seed(3)  # with these weights each family finds both classes
     detector = stirred(small_spec(family, labels))
     images, _ = batch(SIZES[sizes])
     detector.model.eval()

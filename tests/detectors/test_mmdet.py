@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from detector_cases import LABELS, batch, steps
 from torch import Tensor
-from torchvision.ops import roi_align
+from torchvision.ops import deform_conv2d, roi_align
 
 from autodet.detectors import Detector, Masked, SpecError, TwoStage, detector_of_state_dict, load_any_detector
 from autodet.detectors.mmdet import COCO_80, is_mmdet
@@ -19,7 +19,7 @@ from autodet.detectors.steps import Features, Inputs
 from autodet.detectors.weights import WeightsError
 
 State = dict[str, Tensor]
-NECK, CLASSES, BINS, HEAD = 16, 2, 3, 24
+NECK, CLASSES, BINS, HEAD = 32, 2, 3, 24
 WIDTHS = (16, 24, 32, 40)  # outputs of a narrow bottleneck body's stages
 
 
@@ -120,6 +120,34 @@ def retinanet(on_input: bool = True, groups: bool = False) -> State:
     return state
 
 
+def towers(depth: int, groups: bool) -> State:
+    state: State = {}
+    for tower in ("cls", "reg"):
+        for index in range(depth):
+            layer(state, f"bbox_head.{tower}_convs.{index}.conv", NECK, NECK, 3, 3, bias=not groups)
+            if groups:
+                layer(state, f"bbox_head.{tower}_convs.{index}.gn", NECK)
+    return state
+
+
+def gfl() -> State:
+    state = body() | neck(1, above=2, on_input=False) | towers(4, groups=True)
+    layer(state, "bbox_head.gfl_cls", CLASSES, NECK, 3, 3)
+    layer(state, "bbox_head.gfl_reg", 4 * 17, NECK, 3, 3)
+    state |= {f"bbox_head.scales.{level}.scale": torch.rand(()) + 0.5 for level in range(5)}
+    return state | {"bbox_head.integral.project": torch.linspace(0, 16, 17)}
+
+
+def reppoints(groups: bool = True) -> State:
+    state = body() | neck(1, above=2) | towers(3, groups)
+    for name in ("cls", "pts_refine"):
+        layer(state, f"bbox_head.reppoints_{name}_conv", NECK, NECK, 3, 3, bias=False)
+    layer(state, "bbox_head.reppoints_pts_init_conv", NECK, NECK, 3, 3)
+    for name, width in (("cls", CLASSES), ("pts_init", 18), ("pts_refine", 18)):
+        layer(state, f"bbox_head.reppoints_{name}_out", width, NECK, 1, 1)
+    return state | {"bbox_head.moment_transfer": torch.tensor([0.3, -0.2])}
+
+
 def fcos() -> State:
     state = body() | neck(1, above=2, on_input=False)
     for name, width in (("cls", CLASSES), ("reg", 4), ("centerness", 1)):
@@ -132,6 +160,8 @@ HEADS = {
     "retinanet": retinanet,
     "cascade_rcnn": cascade_rcnn,
     "mask_rcnn": mask_rcnn,
+    "gfl": gfl,
+    "reppoints": reppoints,
 }
 every = pytest.mark.parametrize("family", HEADS)
 
@@ -224,6 +254,67 @@ def test_a_retinanets_answers_are_mmdetections(on_input: bool) -> None:
         assert float(own[:, :, 0].sigmoid().max()) < 1e-4
         deltas = conv(state, "bbox_head.retina_reg", towers[1], padding=1)
         torch.testing.assert_close(dense.deltas[stride], deltas, rtol=1e-4, atol=1e-4)
+
+
+def tower(state: State, name: str, value: Tensor, groups: int = 32) -> Tensor:
+    """Convolutions, group norms where there are any, and ReLUs."""
+    index = 0
+    while f"bbox_head.{name}_convs.{index}.conv.weight" in state:
+        value = conv(state, f"bbox_head.{name}_convs.{index}.conv", value, padding=1)
+        norm = f"bbox_head.{name}_convs.{index}.gn"
+        if f"{norm}.weight" in state:
+            value = F.group_norm(value, groups, state[f"{norm}.weight"], state[f"{norm}.bias"])
+        value, index = value.relu(), index + 1
+    return value
+
+
+def test_a_gfls_answers_are_mmdetections() -> None:
+    """Distances are the means of the distributions in strides; each level's logits have a factor of their own."""
+    state = gfl()
+    detector = loaded(state)
+    _, features, dense = answers(detector)
+    spec = detector.spec
+    assert (spec.family, spec.reg_max, spec.head_depth, spec.top) == ("gfl", 16, 4, "neck")
+    for number, (stride, level) in enumerate(features.items()):
+        logits = conv(state, "bbox_head.gfl_cls", tower(state, "cls", level), padding=1)
+        torch.testing.assert_close(dense.logits[stride][:, 1:], logits, rtol=1e-4, atol=1e-4)
+        assert float(dense.logits[stride][:, 0].sigmoid().max()) < 1e-4
+        sides = conv(state, "bbox_head.gfl_reg", tower(state, "reg", level), padding=1)
+        sides = sides * state[f"bbox_head.scales.{number}.scale"]
+        bins = sides.view(len(sides), 4, 17, *sides.shape[2:]).softmax(2)
+        distances = (bins * state["bbox_head.integral.project"].view(1, 1, 17, 1, 1)).sum(2) * stride
+        torch.testing.assert_close(dense.deltas[stride], distances, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("groups", [True, False], ids=["norms", "no norms"])
+def test_a_reppoints_answers_are_mmdetections(groups: bool) -> None:
+    """Points are strides down and across; what looks at them is a deformable convolution of offsets from the kernel."""
+    state = reppoints(groups)
+    detector = loaded(state)
+    _, features, dense = answers(detector)
+    spec = detector.spec
+    assert (spec.family, spec.points, spec.head_depth, spec.top) == ("reppoints", 9, 3, "body")
+    assert spec.head_groups == (32 if groups else 0)
+    kernel = torch.tensor([(row, column) for row in (-1.0, 0, 1) for column in (-1.0, 0, 1)]).view(1, 18, 1, 1)
+    head, boxes = "bbox_head.reppoints_", []
+    for stride, level in features.items():
+        classify, locate = tower(state, "cls", level), tower(state, "reg", level)
+        first = conv(state, f"{head}pts_init_out", conv(state, f"{head}pts_init_conv", locate, padding=1).relu())
+        looked = [
+            deform_conv2d(value, first - kernel, state[f"{head}{name}_conv.weight"], padding=1).relu()
+            for name, value in (("cls", classify), ("pts_refine", locate))
+        ]
+        logits = conv(state, f"{head}cls_out", looked[0])
+        torch.testing.assert_close(dense.logits[stride][:, 1:], logits, rtol=1e-4, atol=1e-4)
+        points = (first + conv(state, f"{head}pts_refine_out", looked[1])) * stride
+        down, across = points[:, 0::2], points[:, 1::2]
+        half = [axis.std(1) * state["bbox_head.moment_transfer"][i].exp() for i, axis in enumerate((across, down))]
+        box = torch.stack([across.mean(1) - half[0], down.mean(1) - half[1],
+                           across.mean(1) + half[0], down.mean(1) + half[1]], 1)  # fmt: skip
+        rows, columns = torch.meshgrid(*(torch.arange(n) * stride for n in level.shape[2:]), indexing="ij")
+        boxes.append((box + torch.stack([columns, rows] * 2)).flatten(2).transpose(1, 2))
+    expected = torch.cat(boxes[:3], 1)  # the canvas is none of whole cells of 64 pixels
+    torch.testing.assert_close(detector.boxes(dense)[:, : expected.shape[1]], expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("make", [faster_rcnn, cascade_rcnn])
@@ -354,7 +445,7 @@ def test_what_is_not_told_is_mmdetections(family: str) -> None:
         assert spec.anchor_sizes == (32, 64, 128, 256, 512)
     else:
         assert (spec.top_relu, spec.detections) == (False, 100)
-    assert (spec.score_threshold, spec.nms_threshold) == (0.05, 0.5)
+    assert (spec.score_threshold, spec.nms_threshold) == (0.05, 0.6 if family == "gfl" else 0.5)
 
 
 def test_eighty_classes_are_cocos() -> None:
@@ -389,6 +480,11 @@ def with_another_head(state: State) -> State:
     return {name.replace("retina_", "sabl_"): value for name, value in state.items()}
 
 
+def with_norms_in_the_neck(state: State) -> State:
+    layer(state, "neck.lateral_convs.0.gn", NECK)
+    return state
+
+
 def of_six_anchors(state: State) -> State:
     layer(state, "bbox_head.retina_cls", 5, NECK, 3, 3)
     return state
@@ -403,6 +499,7 @@ def of_six_anchors(state: State) -> State:
         (lambda: with_another_head(retinanet()), r"expected a head of .*retinanet.*found one with bbox_head.*sabl_"),
         (lambda: of_six_anchors(retinanet()), "class responses of 9 anchors a location, found 5 in all"),
         (lambda: body() | neck(0), "in mmdetection's names, found none"),
+        (lambda: with_norms_in_the_neck(reppoints()), r"no counterpart here: neck.lateral_convs.0.gn.weight"),
         (fcos, "FCOS of mmdetection's, .* half a stride .* train one here"),
     ],
 )

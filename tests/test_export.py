@@ -25,11 +25,11 @@ pytest.importorskip("onnxruntime")
 OTHER_SIZES = ((62, 61), (148, 129), (200, 333), (57, 193), (40, 33))
 
 
-def tamed(family: str) -> Detector:
+def tamed(family: str, **changes: Any) -> Detector:
     """A detector whose scores differ: saturated ones would be alike, and their order a matter of chance. Nor are its
     boxes as thin as random ones, of which a cascade's stages magnify what is rounded."""
     torch.manual_seed(0)
-    detector = stirred(small_spec(family))
+    detector = stirred(small_spec(family, **changes))
     for name, parameter in detector.model.named_parameters():
         if name.endswith("cls_logits.weight"):
             parameter.data *= 0.3
@@ -100,6 +100,20 @@ def test_an_image_without_detections(family: str, tmp_path: Path) -> None:
     nothing = load_onnx(tmp_path / "strict.onnx")(images[0])
     assert nothing["boxes"].shape == (0, 4) and nothing["scores"].shape == nothing["labels"].shape == (0,)
     assert "masks" not in nothing or nothing["masks"].shape == (0, 1, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("mask_rcnn", {"roi_aligned": True, "roi_sampling": 0}),
+        ("retinanet", {"top_relu": False}),
+    ],
+)
+def test_what_mmdetections_detectors_do_otherwise(family: str, change: dict[str, Any], tmp_path: Path) -> None:
+    detector = tamed(family, **change)
+    export_onnx(detector, tmp_path / "theirs.onnx", [torch.rand(3, 64, 96), torch.rand(3, 60, 40)])
+    image = torch.rand(3, 57, 193)
+    assert_alike(load_onnx(tmp_path / "theirs.onnx")(image), detect(detector, [image])[0])
 
 
 def weaken(model: Any) -> None:

@@ -224,7 +224,7 @@ class CascadeRCNN(FasterRCNN):  # type: ignore[misc]  # torchvision has no types
 
 
 class CascadeRCNNSteps(FasterRCNNSteps):
-    """The steps of ``detectors.steps.TwoStage`` on a CascadeRCNN."""
+    """The steps of ``detectors.steps.TwoStage``, and of ``Masked``, on a CascadeRCNN."""
 
     def regions(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Regions:
         """All stages on given proposals. The class logits are logarithms of the stages' mean probabilities."""
@@ -252,18 +252,9 @@ class CascadeRCNNSteps(FasterRCNNSteps):
         proposals, heads = self.proposals(inputs, dense), self.model.roi_heads
         return list(heads.detections(poolable(features), proposals, inputs.images.image_sizes))
 
-
-class CascadeMaskRCNNSteps(CascadeRCNNSteps):
-    """The steps of ``detectors.steps.Masked`` on a CascadeRCNN with a mask branch."""
-
     def region_masks(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Tensor:
-        """The mask branch's logits on given proposals."""
+        """The mask branch's logits on given proposals; only where there is one."""
         return mask_logits(self.model.roi_heads, poolable(features), proposals, inputs.images.image_sizes)
-
-
-def cascade_steps(model: CascadeRCNN, spec: DetectorSpec) -> CascadeRCNNSteps:
-    """The steps of a cascade with or without masks."""
-    return (CascadeMaskRCNNSteps if spec.masks else CascadeRCNNSteps)(model, spec)
 
 
 def build_cascade_rcnn(spec: DetectorSpec) -> CascadeRCNN:
@@ -355,7 +346,7 @@ def _as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 FAMILY = Family(
     model=CascadeRCNN,
-    steps=cascade_steps,
+    steps=CascadeRCNNSteps,
     build=build_cascade_rcnn,
     describe=describe_cascade_rcnn,
     read=read_cascade_rcnn,

@@ -18,9 +18,17 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from autodet.detectors.atss import CANDIDATES, assign
 from autodet.detectors.dims import Named, tower_counts, tower_groups
 from autodet.detectors.gfl_loss import distance_targets, expected, paired_iou, quality_focal_loss, side_losses
-from autodet.detectors.one_box import OneBoxDetector, Outputs, conv_tower, convolution
-from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
-from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
+from autodet.detectors.one_box import (
+    OneBoxDetector,
+    Outputs,
+    conv_tower,
+    convolution,
+    describe_one_box,
+    one_anchor,
+    unsaid_one_box,
+)
+from autodet.detectors.one_stage import flatten, frame_options, head_outputs, postprocess
+from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, UNUSED, MMDet, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
@@ -196,26 +204,16 @@ def build_gfl(spec: DetectorSpec) -> GFL:
     """A GFL with fresh weights from torch's generator."""
     backbone = build_backbone(spec)
     classes = len(spec.labels) + 1
-    anchors = AnchorGenerator(tuple((size,) for size in spec.anchor_sizes), ((1.0,),) * len(spec.anchor_sizes))
     head = GFLHead(spec.neck_width, classes, spec.levels, spec.head_depth, spec.head_groups, spec.reg_max)
-    return GFL(backbone, classes, anchors, head, **frame_options(spec))
+    return GFL(backbone, classes, one_anchor(spec), head, **frame_options(spec))
 
 
 def describe_gfl(model: GFL, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
     """The spec of a user's GFL, read off its modules; SpecError where a spec cannot say a part."""
     if not isinstance(model.head, GFLHead):
         raise SpecError(f"Expected a GFLHead, found {type(model.head).__name__}: no adapter for it.")
-    classify = model.head.classification_head
-    spec = DetectorSpec(
-        family="gfl",
-        **describe_frame(model, classify.num_classes - 1, labels),
-        anchor_sizes=tuple(sizes[0] for sizes in model.anchor_generator.sizes),
-        anchor_ratios=(1.0,),
-        head_depth=len(classify.conv),
-        head_groups=next(module.num_groups for module in classify.modules() if isinstance(module, nn.GroupNorm)),
-        reg_max=model.head.regression_head.reg_max,
-        **describe_selection(model),
-    )
+    bins = model.head.regression_head.reg_max
+    spec = DetectorSpec(family="gfl", reg_max=bins, **describe_one_box(model, labels))
     with torch.device("meta"):
         check_rebuilt(model, build_gfl(spec), _unsaid)
     return spec
@@ -223,11 +221,7 @@ def describe_gfl(model: GFL, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
 
 def _unsaid(model: GFL) -> dict[str, object]:
     """Settings that a spec has no field for."""
-    return unsaid_frame(model, model.anchor_generator) | {
-        "head.strides": model.head.strides,
-        "atss_candidates": model.atss_candidates,
-        "box_coder.normalize_by_size": model.box_coder.normalize_by_size,
-    }
+    return unsaid_one_box(model) | {"atss_candidates": model.atss_candidates}
 
 
 def read_gfl(state: State) -> Read | None:

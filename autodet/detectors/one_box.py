@@ -3,6 +3,7 @@ distances to its sides, and a logit of each class."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,9 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image
 
+from autodet.detectors.one_stage import describe_selection
+from autodet.detectors.pyramid import describe_frame, unsaid_frame
+from autodet.detectors.spec import DetectorSpec
 from autodet.detectors.steps import Target
 
 Outputs = dict[str, Tensor]
@@ -115,6 +119,32 @@ class OneBoxDetector(nn.Module):
         rows = torch.div(chosen, classes, rounding_mode="floor")
         boxes = clip_boxes_to_image(self.box_coder.decode(distances[rows], anchors[rows]), shape)
         return boxes, scores, chosen % classes + 1
+
+
+def one_anchor(spec: DetectorSpec) -> AnchorGenerator:
+    """A square at every location."""
+    return AnchorGenerator(tuple((size,) for size in spec.anchor_sizes), ((1.0,),) * len(spec.anchor_sizes))
+
+
+def describe_one_box(model: OneBoxDetector, labels: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """The spec's fields that are read off alike in both families."""
+    classify = model.head.classification_head
+    return {
+        **describe_frame(model, classify.num_classes - 1, labels),
+        **describe_selection(model),
+        "anchor_sizes": tuple(sizes[0] for sizes in model.anchor_generator.sizes),
+        "anchor_ratios": (1.0,),
+        "head_depth": len(classify.conv),
+        "head_groups": next((part.num_groups for part in classify.modules() if isinstance(part, nn.GroupNorm)), 0),
+    }
+
+
+def unsaid_one_box(model: OneBoxDetector) -> dict[str, object]:
+    """Settings that a spec has no field for."""
+    return unsaid_frame(model, model.anchor_generator) | {
+        "head.strides": model.head.strides,
+        "box_coder.normalize_by_size": model.box_coder.normalize_by_size,
+    }
 
 
 def conv_tower(width: int, depth: int, groups: int) -> nn.Sequential:

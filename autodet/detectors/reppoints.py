@@ -13,14 +13,21 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import sigmoid_focal_loss
 
 from autodet.detectors.deformable import deformable_convolution
 from autodet.detectors.dims import Blocks, Dim, Named, tower_counts, tower_groups
-from autodet.detectors.one_box import OneBoxDetector, Outputs, conv_tower, convolution
-from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
-from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
+from autodet.detectors.one_box import (
+    OneBoxDetector,
+    Outputs,
+    conv_tower,
+    convolution,
+    describe_one_box,
+    one_anchor,
+    unsaid_one_box,
+)
+from autodet.detectors.one_stage import flatten, frame_options, head_outputs, postprocess
+from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt
 from autodet.detectors.reppoints_loss import BETWEEN, NOTHING, assign_nearest, assign_overlapping, box_loss, moment_box
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, MMDet, Read, State, count, sizes
@@ -242,38 +249,20 @@ def build_reppoints(spec: DetectorSpec) -> RepPoints:
     """A RepPoints with fresh weights from torch's generator."""
     backbone = build_backbone(spec)
     classes = len(spec.labels) + 1
-    anchors = AnchorGenerator(tuple((size,) for size in spec.anchor_sizes), ((1.0,),) * len(spec.anchor_sizes))
     side = math.sqrt(2) * spec.anchor_sizes[0] / spec.levels[0]
     head = RepPointsHead(spec.neck_width, classes, spec.levels, spec.head_depth, spec.head_groups, spec.points, side)
-    return RepPoints(backbone, classes, anchors, head, **frame_options(spec))
+    return RepPoints(backbone, classes, one_anchor(spec), head, **frame_options(spec))
 
 
 def describe_reppoints(model: RepPoints, labels: Sequence[tuple[int, str]]) -> DetectorSpec:
     """The spec of a user's RepPoints, read off its modules; SpecError where a spec cannot say a part."""
     if not isinstance(model.head, RepPointsHead):
         raise SpecError(f"Expected a RepPointsHead, found {type(model.head).__name__}: no adapter for it.")
-    classify = model.head.classification_head
-    spec = DetectorSpec(
-        family="reppoints",
-        **describe_frame(model, classify.num_classes - 1, labels),
-        anchor_sizes=tuple(sizes[0] for sizes in model.anchor_generator.sizes),
-        anchor_ratios=(1.0,),
-        head_depth=len(classify.conv),
-        head_groups=next((part.num_groups for part in classify.modules() if isinstance(part, nn.GroupNorm)), 0),
-        points=model.head.regression_head.num_points,
-        **describe_selection(model),
-    )
+    points = model.head.regression_head.num_points
+    spec = DetectorSpec(family="reppoints", points=points, **describe_one_box(model, labels))
     with torch.device("meta"):
-        check_rebuilt(model, build_reppoints(spec), _unsaid)
+        check_rebuilt(model, build_reppoints(spec), unsaid_one_box)
     return spec
-
-
-def _unsaid(model: RepPoints) -> dict[str, object]:
-    """Settings that a spec has no field for."""
-    return unsaid_frame(model, model.anchor_generator) | {
-        "head.strides": model.head.strides,
-        "box_coder.normalize_by_size": model.box_coder.normalize_by_size,
-    }
 
 
 def read_reppoints(state: State) -> Read | None:

@@ -128,7 +128,8 @@ class TwoStage(Detector, Protocol):
 
 @runtime_checkable
 class Masked(TwoStage, Protocol):
-    """A detector whose second stage also answers with masks: ``postprocess`` gives N×1×H×W in 0–1 of each image."""
+    """A detector whose second stage may also answer with masks; where its spec says so, ``postprocess`` gives N×1×H×W
+    in 0–1 of each image."""
 
     def region_masks(self, inputs: Inputs, features: Features, proposals: list[Tensor]) -> Tensor:
         """Logits R×(K+1)×M×M of the masks of every class on *given* proposals, each over its box."""

@@ -16,7 +16,6 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from autodet.detectors import DetectorSpec, SpecError, adapt, build, detect
 from autodet.detectors.cascade_rcnn import (
-    CascadeMaskRCNNSteps,
     CascadeRCNN,
     CascadeRCNNSteps,
     CascadeRoIHeads,
@@ -318,7 +317,7 @@ def test_masks_are_learned_from_the_first_stages_regions_and_given_to_the_last_o
     spec = small_spec("cascade_rcnn")
     masked, plain = stirred(spec), detector_of(replace(spec, mask_depth=0))
     load_strict(plain.model, {name: v for name, v in masked.model.state_dict().items() if ".mask_" not in name}, "test")
-    assert isinstance(masked, CascadeMaskRCNNSteps)
+    assert isinstance(masked, CascadeRCNNSteps)
     images, targets = batch()
     torch.manual_seed(3)
     expected = step_losses(plain, images, targets)

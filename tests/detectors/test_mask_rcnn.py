@@ -18,6 +18,8 @@ from autodet.detectors import Masked, SpecError, adapt, build, detect
 from autodet.detectors.channels import channel_counts, channel_groups, producers
 from autodet.detectors.faster_rcnn import Sampled
 from autodet.detectors.mask_rcnn import MaskRCNNSteps, build_mask_rcnn
+from autodet.detectors.spec import FAMILIES
+from autodet.detectors.traits import TRAITS
 
 SPEC = small_spec("mask_rcnn")
 
@@ -105,11 +107,10 @@ def test_no_detections_have_no_masks() -> None:
     assert tuple(found["masks"].shape) == (0, 1, 48, 72)
 
 
-def test_only_detectors_with_a_mask_branch_have_its_step() -> None:
+def test_only_families_with_a_mask_branch_have_its_step() -> None:
     with torch.device("meta"):
-        assert isinstance(build(SPEC), Masked) and isinstance(build(small_spec("cascade_rcnn")), Masked)
-        for other in (small_spec("faster_rcnn"), small_spec("cascade_rcnn", mask_depth=0)):
-            assert not isinstance(build(other), Masked)
+        for family in FAMILIES:
+            assert isinstance(build(small_spec(family)), Masked) == (True in TRAITS[family].masks)
 
 
 def test_a_mask_rcnn_is_not_taken_for_a_faster_rcnn() -> None:

@@ -201,7 +201,8 @@ def costs(bench: PoolBench, folder: Path, aps: Mapping[Member, Aps]) -> list[Mem
         macs, params = count_macs(runs[str(member)]), count_params(detector.model)
         name = device_name(torch.device(task.device))
         cost = Cost(latency.median_ms, latency.p90_ms, name, task.threads, 1, macs, params)
-        rows.append(MemberRow(member, *aps[member], task.split, cost))
+        ap, before, masks = aps[member]
+        rows.append(MemberRow(member, ap, before, task.split, cost, masks))
     return rows
 
 

@@ -21,7 +21,8 @@ from autodet.teachers.task import PoolBench, PoolTask
 MEASURED = "measured.jsonl"  # in the run's folder: a line a member, so that none is measured again after a stop
 WORKER_FAILURES = 3  # lost workers of one member before the run stops
 
-Aps = tuple[float, float]  # AP (0–1) with a member's own norm statistics, and with slices of the largest's
+# AP (0–1) with a member's own norm statistics, with slices of the largest's, and of masks (None where it has none).
+Aps = tuple[float, float, float | None]
 
 
 def measure_side_by_side(
@@ -33,16 +34,16 @@ def measure_side_by_side(
     """
     path = run_folder / MEASURED
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = {Member.parse(line["member"]): (line["ap"], line["ap_before"]) for line in lines}
+    found = {Member.parse(line["member"]): (line["ap"], line["ap_before"], line.get("mask_ap")) for line in lines}
     # Ray would end a GPU's worker after each task, and the next one would load the data again.
     remote = ray.remote(num_cpus=task.task.threads, num_gpus=gpus, max_retries=WORKER_FAILURES, max_calls=0)(_measure)
     warn_of_idle_machines(task.task.threads, gpus)
     folder = str(pool_folder.resolve())
     pending = {remote.remote(task.to_json(), folder, str(member)): member for member in members if member not in found}
-    for member, (ap, before) in finished("measuring", pending):
+    for member, (ap, before, masks) in finished("measuring", pending):
         logging.info("  AP %.3f, %.3f before its norm statistics were measured", ap, before)
-        found[member] = (ap, before)
-        lines.append({"member": str(member), "ap": ap, "ap_before": before})
+        found[member] = (ap, before, masks)
+        lines.append({"member": str(member), "ap": ap, "ap_before": before, "mask_ap": masks})
         atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return {member: found[member] for member in members}
 
@@ -58,7 +59,8 @@ def _measure(text: str, folder: str, member_text: str) -> Aps:
     raw.model.to(task.device)
     before = bench.bench.measure(raw).ap or 0.0
     taken = pool.take(member, bench.bench.train_loader, Path(task.cache), task.device)
-    return bench.bench.measure(taken).ap or 0.0, before
+    metrics = bench.bench.measure(taken)
+    return metrics.ap or 0.0, before, metrics.mask_ap
 
 
 @lru_cache(maxsize=1)

@@ -42,7 +42,8 @@ class PoolError(ValueError):
 class MemberRow:
     """A member that was measured: AP (0–1) on ``split``, and what a detection costs.
 
-    ap_before: with slices of the largest member's norm statistics in place of its own.
+    ap_before: with slices of the largest member's norm statistics in place of its own. mask_ap: AP of its masks; None
+    where it gives none.
     """
 
     member: Member
@@ -50,6 +51,7 @@ class MemberRow:
     ap_before: float
     split: str
     cost: Cost
+    mask_ap: float | None = None
 
 
 class TeacherPool:
@@ -188,7 +190,7 @@ def save_members(folder: Path, rows: Iterable[MemberRow]) -> None:
 
 
 def read_members(folder: Path) -> pd.DataFrame:
-    """The table of measured members: member (text), ap, split, latency_ms, …; PoolError where there is none."""
+    """The table of measured members: member (text), ap, split, latency_ms, …, and mask_ap where it has masks; PoolError where there is none."""
     path = folder / MEMBERS
     if not path.exists():
         raise PoolError(
@@ -219,4 +221,5 @@ def best_member(folder: Path, limits: Mapping[str, float]) -> Member:
 
 def _flat(row: MemberRow) -> dict[str, Any]:
     found = {"member": str(row.member), "ap": row.ap, "ap_before": row.ap_before, "split": row.split}
+    found |= {} if row.mask_ap is None else {"mask_ap": row.mask_ap}
     return found | row.cost.to_json()

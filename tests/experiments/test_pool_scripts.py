@@ -162,8 +162,8 @@ def test_members_are_measured_through_the_cache_and_none_twice(
     pool, bench = TeacherPool.open(run / "pool"), PoolBench(task)
     members = [task.space.smallest, task.space.largest]
     found = measure_side_by_side(task, tmp_path, run / "pool", members)
-    for member, (ap, before) in found.items():
-        assert ap == bench.bench.measure(pool.take(member, bench.bench.train_loader)).ap
+    for member, (ap, before, masks) in found.items():
+        assert masks is None and ap == bench.bench.measure(pool.take(member, bench.bench.train_loader)).ap
         assert before == bench.bench.measure(pool.extract(member)).ap
     assert pool.hash in ray.get(cache_of_this_node().facts.remote())["kept"]
     # Detectors as small as these find nothing: that they were the right ones is seen by the statistics they left.
@@ -176,7 +176,7 @@ def test_members_are_measured_through_the_cache_and_none_twice(
             torch.testing.assert_close(kept.model.get_buffer(name), value, rtol=1e-4, atol=1e-6)
     line = json.dumps({"member": str(members[0]), "ap": 0.75, "ap_before": 0.5})
     (tmp_path / MEASURED).write_text(line + "\n")
-    assert measure_side_by_side(task, tmp_path, run / "pool", members) == found | {members[0]: (0.75, 0.5)}
+    assert measure_side_by_side(task, tmp_path, run / "pool", members) == found | {members[0]: (0.75, 0.5, None)}
 
 
 def test_a_member_that_cannot_be_measured_stops_with_its_cause(run: Path, tmp_path: Path) -> None:

@@ -255,3 +255,6 @@ def test_the_table_finds_the_best_member_within_limits(folder: Path) -> None:
         best_member(folder, {"latency_ms": 5})
     with pytest.raises(PoolError, match=r"found speed"):
         best_member(folder, {"speed": 5})
+    assert "mask_ap" not in read_members(folder)
+    save_members(folder, [replace(row(small, 0.2, 10, 0.1), mask_ap=0.1)])
+    assert read_members(folder)["mask_ap"].tolist() == [0.1]

@@ -48,6 +48,8 @@ FEATURES = ("global", "fg", "bg", "instance")
 TWO_STAGE = {family for family in FAMILIES if TRAITS[family].two_stage}
 REGIONS = ("logits.roi", "localization.roi", "logits.mask")
 PAIRS = list(itertools.product(FAMILIES, FAMILIES))
+# What builds detectors takes a part of them: each family with itself and with two others, each in both roles.
+SOME_PAIRS = [(family, FAMILIES[(i + step) % len(FAMILIES)]) for i, family in enumerate(FAMILIES) for step in (0, 1, 3)]
 
 
 def own(pair: tuple[str, str], *other: str) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ COMPARABLE = {
 
 
 @pytest.mark.parametrize("other", list(COMPARABLE))
-@pytest.mark.parametrize(("student", "teacher"), list(itertools.product(FAMILIES, FAMILIES)))
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_what_every_pair_of_families_can_be_compared_on(student: str, teacher: str, other: str) -> None:
     ours, theirs = spec_of(student), spec_of(teacher)
     theirs = {"same": theirs, "labels": theirs.with_labels([(1, "cell")]), "size": theirs.at_size(96)}[other]
@@ -135,11 +137,11 @@ def test_every_input_names_the_part_that_must_be_run() -> None:
     assert parts_of(tuple(INPUTS)) == set(PARTS) and parts_of(()) == set()
 
 
-# What holds for every input, on every pair of families that has it. ---
+# What holds for every input, on pairs of families that have it. ---
 
 TRIPLES = [
     (name, student, teacher)
-    for student, teacher in itertools.product(FAMILIES, FAMILIES)
+    for student, teacher in SOME_PAIRS
     for name in comparable_inputs(spec_of(student), spec_of(teacher))
 ]
 EVERYWHERE = pytest.mark.parametrize(("name", "student", "teacher"), TRIPLES)
@@ -214,7 +216,7 @@ def test_levels_come_finest_first_and_equal_outputs_give_equal_values(name: str,
 
 
 @pytest.mark.parametrize("pixels", [64, 80])
-@pytest.mark.parametrize(("student", "teacher"), list(itertools.product(FAMILIES, FAMILIES)))
+@pytest.mark.parametrize(("student", "teacher"), SOME_PAIRS)
 def test_real_detectors_are_compared_on_all_that_their_specs_allow(student: str, teacher: str, pixels: int) -> None:
     """Answers of untrained detectors on images of several sizes, whose canvases no stride above 32 divides."""
     torch.manual_seed(0)

@@ -100,7 +100,13 @@ class CocoDataset:
     @cached_property
     def mask_problem(self) -> str | None:
         """Why no detector can learn masks from it; None where every object used in training has one."""
-        return mask_problem(self.name, self.images)
+        objects = (
+            (f"image {image.id}, bbox [{', '.join(f'{value:g}' for value in image.given_boxes[place])}]",
+             image.segmentations[place], (image.height, image.width))
+            for image in self.images
+            for place in np.flatnonzero(image.trainable)
+        )  # fmt: skip
+        return mask_problem(self.name, objects)
 
     def subset(self, fraction: float, seed: int) -> "CocoDataset":
         """A random part with round(fraction × images) images, at least one, in the original order.

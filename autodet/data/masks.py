@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,6 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn.functional import interpolate
-
-if TYPE_CHECKING:
-    from autodet.data.coco import ImageRecord
 
 SHOWN: Final = 5  # objects named in a message
 MOSTLY: Final = 0.5  # of a resized pixel: then it belongs to the object
@@ -46,18 +43,20 @@ def resized_masks(segmentations: Sequence[Any], before: tuple[int, int], after: 
     return (share >= least).to(torch.uint8)
 
 
-def mask_problem(name: str, images: Iterable[ImageRecord]) -> str | None:
-    """Why a detector cannot learn masks from a data set: objects used in training without a mask, or with an empty
-    one. None where it can."""
+def mask_problem(name: str, objects: Iterable[tuple[str, Any, tuple[int, int]]]) -> str | None:
+    """Why a detector cannot learn masks from a data set: objects without a mask, or with an empty one. None where it
+    can.
+
+    objects: those used in training: where each is, for the message, its segmentation or None, and its image's height
+    and width.
+    """
     lacking: dict[str, list[str]] = {"without a segmentation": [], "whose mask covers no pixel of the image": []}
     missing, empty = lacking.values()
     count = 0
-    for image in images:
-        for place in np.flatnonzero(image.trainable):
-            segmentation, count = image.segmentations[place], count + 1
-            if segmentation is None or _is_empty(segmentation, image.height, image.width):
-                box = ", ".join(f"{value:g}" for value in image.given_boxes[place])
-                (missing if segmentation is None else empty).append(f"image {image.id}, bbox [{box}]")
+    for where, segmentation, size in objects:
+        count += 1
+        if segmentation is None or _is_empty(segmentation, *size):
+            (missing if segmentation is None else empty).append(where)
     parts = [f"{len(found)} {what} ({_some(found)})" for what, found in lacking.items() if found]
     if not parts:
         return None

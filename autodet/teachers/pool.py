@@ -190,7 +190,10 @@ def save_members(folder: Path, rows: Iterable[MemberRow]) -> None:
 
 
 def read_members(folder: Path) -> pd.DataFrame:
-    """The table of measured members: member (text), ap, split, latency_ms, …, and mask_ap where it has masks; PoolError where there is none."""
+    """The table of measured members: member (text), ap, split, latency_ms, …, and mask_ap of those with masks.
+
+    PoolError where there is none.
+    """
     path = folder / MEMBERS
     if not path.exists():
         raise PoolError(

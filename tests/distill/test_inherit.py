@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +78,10 @@ def test_within_a_family_neck_and_head_are_copied_whole(family: str) -> None:
     assert left == set() and any("head" in name for name in copied)
 
 
-@pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(FAMILIES, 2)))
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(family, FAMILIES[(i + step) % len(FAMILIES)]) for i, family in enumerate(FAMILIES) for step in (1, 2, 3)],
+)
 def test_between_families_only_the_neck_is_copied(student: str, teacher: str) -> None:
     """With one anchor, RetinaNet's head has tensors of the names and shapes of FCOS's, which mean something else."""
     like_fcos = {"retinanet": replace(spec_of("retinanet"), anchor_ratios=(1.0,), anchor_octaves=1)}

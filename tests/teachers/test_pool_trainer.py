@@ -115,7 +115,7 @@ def run_group(count: int, target: Callable[..., None], meeting: Path, *arguments
 
 @pytest.mark.parametrize(
     ("family", "count", "parts"),
-    [("fcos", 3, 2), ("retinanet", 2, 1), ("faster_rcnn", 2, 2)],
+    [("fcos", 3, 2), ("faster_rcnn", 2, 2)],
 )
 def test_workers_together_train_as_one_alone(family: str, count: int, parts: int, make: Make, tmp_path: Path) -> None:
     """Members dealt to workers, parts of the batch dealt to workers, and numbers that do not divide.

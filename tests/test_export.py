@@ -87,7 +87,7 @@ def test_other_sizes_than_the_traced_one(made: tuple[Detector, Path, OnnxCheck])
         assert_alike(exported(image), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["retinanet", "cascade_rcnn"])  # of one stage; of two, with masks
 def test_an_image_without_detections(family: str, tmp_path: Path) -> None:
     detector = tamed(family)
     images = [torch.rand(3, 64, 96) for _ in range(4)]

@@ -41,7 +41,7 @@ from autodet.distill.values import (
 
 INPUT_OF = {spec.kind: name for name, spec in reversed(INPUTS.items())}  # one input of each kind
 COUNTS = [2, 0, 3, 1, 4]  # rows of each image, for vectors and boxes
-SAMPLED = 250  # terms for each way of drawing values
+SAMPLED = 150  # terms for each way of drawing values
 EXHAUSTIVE = ("partly dead", "float32", "split")  # where all adjacent pairs are judged
 
 

@@ -77,7 +77,7 @@ def test_a_student_learns_its_images_and_is_read_back_with_the_same_ap(task: Tas
     shutil.copytree(task.data, tmp_path / "data")
     shutil.copy(tmp_path / "data" / "train.json", tmp_path / "data" / "val.json")
     student = replace(task.student, neck_width=32, head_width=64, proposals=(40, 40), regions_per_image=32)
-    settings = TrainSettings(epochs=40, batch_size=2, lr=0.005, weight_decay=0, warmup=2, flip=0)
+    settings = TrainSettings(epochs=25, batch_size=2, lr=0.005, weight_decay=0, warmup=2, flip=0)
     bench = Workbench(replace(task, data=str(tmp_path / "data"), student=student, settings=settings, teacher=None))
     outcome = bench.run(NONE, inherit=False, replicate=0)
     assert outcome.metrics.ap is not None and outcome.metrics.ap > 0
@@ -138,7 +138,7 @@ def test_a_teacher_of_other_classes_teaches_what_needs_none(
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [(family, FAMILIES[(i + step) % len(FAMILIES)]) for i, family in enumerate(FAMILIES) for step in (1, 3)],
+    [(family, FAMILIES[(i + 1) % len(FAMILIES)]) for i, family in enumerate(FAMILIES)],
 )
 def test_a_teacher_of_another_family_teaches_what_both_have(
     task: Task, tmp_path: Path, student: str, teacher: str

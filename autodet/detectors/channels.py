@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autodet.detectors.arch import STAGES, Arch
 from autodet.detectors.build import FAMILY_OF
-from autodet.detectors.dims import Groups, Named, biased, group_of, made_axis, normed, size_of
+from autodet.detectors.dims import Dim, Groups, Named, group_of, made_axis, normed, pyramid_dim, size_of
 from autodet.detectors.spec import BODY_STRIDES, DetectorSpec
 
 BODY, FPN = "backbone.body.", "backbone.fpn."
@@ -35,7 +35,7 @@ def channel_groups(spec: DetectorSpec) -> dict[str, Groups]:
 
 def channel_counts(spec: DetectorSpec) -> dict[str, int]:
     """Channels of each group; of a group that only goes in blocks, the number of blocks."""
-    pyramid = {"inner": spec.neck_width, "outer": spec.neck_width}
+    pyramid = dict.fromkeys(("inner", "outer"), spec.neck_groups or spec.neck_width)
     return body_counts(spec.body) | pyramid | FAMILY_OF[spec.family].head_counts(spec)
 
 
@@ -113,12 +113,26 @@ def _body_groups(arch: Arch) -> Named:
 
 
 def _pyramid_groups(spec: DetectorSpec) -> Named:
+    inner, outer = pyramid_dim(spec, "inner"), pyramid_dim(spec)
     for index, stride in enumerate(spec.body_levels):
-        yield from biased(f"{FPN}inner_blocks.{index}.0", "inner", f"layer{BODY_STRIDES.index(stride) + 1}")
-        yield from biased(f"{FPN}layer_blocks.{index}.0", "outer", "inner")
+        lateral, last = f"{FPN}inner_blocks.{index}", f"{FPN}layer_blocks.{index}"
+        yield from _pyramid_layer(spec, lateral, ".0", inner, f"layer{BODY_STRIDES.index(stride) + 1}")
+        yield from _pyramid_layer(spec, last, ".0", outer, inner)
     if spec.top != "pool":
-        yield from biased(f"{FPN}extra_blocks.p6", "outer", f"layer{STAGES}" if spec.top == "body" else "outer")
-        yield from biased(f"{FPN}extra_blocks.p7", "outer", "outer")
+        own = ".0" if spec.neck_groups else ""
+        read = f"layer{STAGES}" if spec.top == "body" else outer
+        yield from _pyramid_layer(spec, f"{FPN}extra_blocks.p6", own, read=read, made=outer)
+        yield from _pyramid_layer(spec, f"{FPN}extra_blocks.p7", own, read=outer, made=outer)
+
+
+def _pyramid_layer(spec: DetectorSpec, layer: str, convolution: str, made: Dim, read: Dim) -> Named:
+    """A convolution with a bias, or without one and a group norm after it."""
+    yield f"{layer}{convolution}.weight", (made, read)
+    if not spec.neck_groups:
+        yield f"{layer}{convolution}.bias", (made,)
+        return
+    yield f"{layer}.1.weight", (made,)
+    yield f"{layer}.1.bias", (made,)
 
 
 def _inner_convs(arch: Arch) -> tuple[str, ...]:

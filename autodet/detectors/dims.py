@@ -30,6 +30,12 @@ Named = Iterator[tuple[str, Groups]]  # names of tensors and their dimensions
 TOWERS = ("classification", "regression")
 
 
+def pyramid_dim(spec: DetectorSpec, group: str = "outer", places: int = 1) -> Dim:
+    """The pyramid's channels before (``inner``) or after its last convolutions, each of ``places`` in a dimension."""
+    size = places * (spec.neck_width // spec.neck_groups if spec.neck_groups else 1)
+    return Blocks(group, size) if size > 1 else group
+
+
 def group_of(dim: str | Blocks) -> str:
     """The name of a dimension's group."""
     return dim.group if isinstance(dim, Blocks) else dim
@@ -65,7 +71,7 @@ def tower_groups(spec: DetectorSpec, tower: str, nested: bool, responses: tuple[
     one row, of three a convolution, as its FCOS.
     """
     head = f"head.{tower}_head."
-    outputs: Dim = "outer"
+    outputs = pyramid_dim(spec)
     for index in range(spec.head_depth):
         inputs, made = outputs, f"{tower}.{index}"
         outputs = Blocks(made, spec.neck_width // spec.head_groups) if spec.head_groups else made

@@ -17,7 +17,7 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
-from autodet.detectors.dims import Blocks, Named, biased
+from autodet.detectors.dims import Named, biased, pyramid_dim
 from autodet.detectors.pyramid import (
     PyramidSteps,
     build_backbone,
@@ -296,7 +296,7 @@ def head_groups(spec: DetectorSpec) -> Named:
 
 def rpn_groups(spec: DetectorSpec) -> Named:
     """Channels of the proposal network's layers."""
-    before = "outer"
+    before = pyramid_dim(spec)
     for index in range(spec.rpn_depth):
         yield from biased(f"rpn.head.conv.{index}.0", f"rpn.{index}", before)
         before = f"rpn.{index}"
@@ -307,7 +307,7 @@ def rpn_groups(spec: DetectorSpec) -> Named:
 def box_groups(spec: DetectorSpec, stage: str = "") -> Named:
     """Channels of a box head's layers; stage: what follows the heads' names where there are several, as ``.0``."""
     first, second = f"fc6{stage}", f"fc7{stage}"
-    yield from biased(f"{ROI}box_head{stage}.fc6", first, Blocks("outer", spec.roi_size**2))
+    yield from biased(f"{ROI}box_head{stage}.fc6", first, pyramid_dim(spec, places=spec.roi_size**2))
     yield from biased(f"{ROI}box_head{stage}.fc7", second, first)
     for name in ("cls_score", "bbox_pred"):
         yield f"{ROI}box_predictor{stage}.{name}.weight", (None, second)

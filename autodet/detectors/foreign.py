@@ -20,6 +20,7 @@ Labels = Sequence[tuple[int, str]]  # (category id, name) of label 1, 2, …
 
 MIN_SIZE, MAX_SIZE = 800, 1333  # torchvision's
 BODY: Final = "backbone.body."
+NECK_GROUPS: Final = 32  # of a pyramid with norms, mmdetection's usual number
 
 
 def load_any_detector(path: Path | str, labels: Labels, min_size: int | None = None) -> Detector:
@@ -81,13 +82,16 @@ def _spec(state: State, labels: Labels, coco: Labels, norm_eps: float | None) ->
     body = Arch.of_state_dict(state, BODY)
     family, (classes, fields) = _read(state)
     width = sizes(state, "backbone.fpn.layer_blocks.0.0.weight", 4)[0]
+    top = _top(state, width)
     spec = standard_spec(family, body, _labels(classes, labels, coco))
     levels, expected = count(state, "backbone.fpn.inner_blocks.{}.0.weight"), len(spec.body_levels)
     if levels != expected:
         raise SpecError(f"expected a pyramid on the body's last {expected} stages, found one on {levels}; {ADAPT}.")
+    if "backbone.fpn.inner_blocks.0.1.weight" in state:
+        fields |= {"neck_groups": NECK_GROUPS, "top_relu": top == "pool"}
     if f"{BODY}bn1.num_batches_tracked" not in state:
         fields |= {"norm": "frozen", "norm_eps": _frozen_eps(spec) if norm_eps is None else norm_eps}
-    return replace(spec, neck_width=width, top=_top(state, width), **fields)
+    return replace(spec, neck_width=width, top=top, **fields)
 
 
 def _read(state: State) -> tuple[str, Read]:
@@ -108,7 +112,8 @@ def _unknown(state: State) -> SpecError:
 
 def _top(state: State, width: int) -> str:
     """What P6 is made from. Where the body's last map is as wide as the neck's, the neck's, as in torchvision."""
-    p6 = state.get("backbone.fpn.extra_blocks.p6.weight")
+    names = [f"backbone.fpn.extra_blocks.p6.{own}weight" for own in ("", "0.")]
+    p6 = next((state[name] for name in names if name in state), None)
     if p6 is None:
         return "pool"
     return "neck" if p6.shape[1] == width else "body"

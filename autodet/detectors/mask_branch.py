@@ -10,7 +10,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
-from autodet.detectors.dims import Named, Transposed, biased
+from autodet.detectors.dims import Named, Transposed, biased, pyramid_dim
 from autodet.detectors.faster_rcnn import ROI, Sampled, region_pool
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import State, count, sizes
@@ -89,7 +89,7 @@ def read_mask_branch(state: State) -> dict[str, Any]:
 
 def mask_groups(spec: DetectorSpec) -> Named:
     """Channels of the branch's layers; none where there is no branch."""
-    before = "outer"
+    before = pyramid_dim(spec)
     for index in range(spec.mask_depth):
         yield from biased(f"{HEAD}{index}.0", f"mask.{index}", before)
         before = f"mask.{index}"

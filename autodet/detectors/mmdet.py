@@ -14,10 +14,9 @@ cell in the pyramid's sums, selection and NMS. Left as it is here: of a cascade,
 locations of levels whose strides do not divide the canvas (64 and 128) are spread evenly over it, as torchvision's.
 
 Refused, since no spec of ours computes it: "caffe" bodies, whose stride is in the first convolution of a block and
-whose images are BGR in 0–255, modulated deformable convolutions, pyramids with group norms (of most RepPoints), FCOS
-heads. What no tensor tells is taken to be as in the usual configurations, and could only be checked on real weights and
-images: anchors, the ReLU, the offset, that the version is 2 or later (1.x has the background first), that images are as
-torchvision's.
+whose images are BGR in 0–255, modulated deformable convolutions, FCOS heads. What no tensor tells is taken to be as in
+the usual configurations, and could only be checked on real weights and images: anchors, the number of norms' groups,
+the ReLU, the offset, that the version is 2 or later (1.x has the background first), that images are as torchvision's.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from autodet.detectors.traits import TRAITS
 # The logit of a class that there is none of: as low as training makes it, and no lower, so that it can be imitated.
 NEVER: Final = -10.0
 LATERAL: Final = "neck.lateral_convs.{}.conv.weight"
+NECK_NORM: Final = "neck.lateral_convs.0.gn.weight"
 # Of COCO's raw category ids 1 to 90, those that name nothing: mmdetection numbers the others from 0 to 79.
 UNNAMED: Final = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_80: Final = tuple((number, f"COCO category {number}") for number in range(1, 91) if number not in UNNAMED)
@@ -85,13 +85,16 @@ def _family(state: State) -> tuple[str, Family]:
 
 
 def _frame_names(state: State) -> Iterator[tuple[str, str]]:
-    """Body and pyramid. The convolutions above those of the body's levels make P6 and P7."""
+    """Body and pyramid, with group norms or without. Convolutions above those of the body's levels make P6 and P7."""
     levels = count(state, LATERAL)
     yield r"backbone\.((?:conv1|bn1|layer\d\.\d+\.(?:conv\d|bn\d|downsample\.\d))\.)", r"backbone.body.\1"
-    yield r"neck\.lateral_convs\.(\d+)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."
+    own = "0." if NECK_NORM in state else ""
     for above, name in ((levels, "p6"), (levels + 1, "p7")):
-        yield rf"neck\.fpn_convs\.{above}\.conv\.", f"backbone.fpn.extra_blocks.{name}."
-    yield r"neck\.fpn_convs\.(\d+)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."
+        yield rf"neck\.fpn_convs\.{above}\.conv\.", f"backbone.fpn.extra_blocks.{name}.{own}"
+        yield rf"neck\.fpn_convs\.{above}\.gn\.", f"backbone.fpn.extra_blocks.{name}.1."
+    for part, number in (("conv", 0), ("gn", 1)):
+        yield rf"neck\.lateral_convs\.(\d+)\.{part}\.", rf"backbone.fpn.inner_blocks.\1.{number}."
+        yield rf"neck\.fpn_convs\.(\d+)\.{part}\.", rf"backbone.fpn.layer_blocks.\1.{number}."
 
 
 def _renamed(name: str, tables: tuple[tuple[str, str], ...]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 from torch import Tensor, nn
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from autodet.detectors.arch import Arch, ArchError
@@ -51,6 +52,18 @@ class PlainP6P7(LastLevelP6P7):  # type: ignore[misc]  # torchvision has no type
         return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
+class NormedP6P7(PlainP6P7):
+    """The same with a group norm on each, in a pyramid whose other convolutions have them too."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__(in_channels, out_channels)
+        norm = partial(nn.GroupNorm, groups)
+        layer = partial(Conv2dNormActivation, kernel_size=3, stride=2, norm_layer=norm, activation_layer=None)
+        self.p6, self.p7 = layer(in_channels, out_channels), layer(out_channels, out_channels)
+        for module in (self.p6[0], self.p7[0]):
+            nn.init.kaiming_uniform_(module.weight, a=1)
+
+
 def build_backbone(spec: DetectorSpec) -> BackboneWithFPN:
     """A body and a pyramid with fresh weights; parameter names are torchvision's."""
     body = ResNetBody(spec.body, norm_layer(spec.norm, spec.norm_eps))
@@ -59,6 +72,7 @@ def build_backbone(spec: DetectorSpec) -> BackboneWithFPN:
     above: LastLevelMaxPool | LastLevelP6P7 = LastLevelMaxPool()
     if spec.top != "pool":
         kind = LastLevelP6P7 if spec.top_relu else PlainP6P7
+        kind = partial(NormedP6P7, groups=spec.neck_groups) if spec.neck_groups else kind
         above = kind(widths[-1] if spec.top == "body" else spec.neck_width, spec.neck_width)
         above.use_P5 = spec.top == "neck"  # torchvision goes by the widths, which may be equal by chance
     return BackboneWithFPN(
@@ -67,6 +81,7 @@ def build_backbone(spec: DetectorSpec) -> BackboneWithFPN:
         in_channels_list=widths,
         out_channels=spec.neck_width,
         extra_blocks=above,
+        norm_layer=partial(nn.GroupNorm, spec.neck_groups) if spec.neck_groups else None,
     )
 
 
@@ -106,6 +121,7 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
         "levels": (*_body_levels(body, len(fpn.inner_blocks)), *ABOVE[top]),
         "top": top,
         "top_relu": not isinstance(fpn.extra_blocks, PlainP6P7),
+        "neck_groups": next((part.num_groups for part in fpn.modules() if isinstance(part, nn.GroupNorm)), 0),
     }
 
 

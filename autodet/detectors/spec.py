@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -50,6 +51,7 @@ class DetectorSpec:
     levels: tuple[int, ...] = (4, 8, 16, 32, 64)
     top: str = "pool"
     top_relu: bool = True  # between the levels 64 and 128; mmdetection's usual detectors have none there
+    neck_groups: int = 0  # of the group norms on the pyramid's convolutions; 0: these have none
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_depth: int = 1
@@ -111,6 +113,11 @@ class DetectorSpec:
     def anchors_per_location(self) -> int:
         """Anchors that every location of a level has."""
         return len(self.anchor_ratios) * self.anchor_octaves
+
+    @property
+    def neck_step(self) -> int:
+        """Channels of the neck that only go together, because of norms over groups of them."""
+        return math.lcm(*(self.neck_width // groups for groups in (self.neck_groups, self.head_groups) if groups))
 
     @property
     def body_levels(self) -> tuple[int, ...]:
@@ -241,6 +248,14 @@ def _problems(spec: DetectorSpec) -> list[str]:
         (
             min(*spec.proposals, *spec.proposals_before_nms) < 1,
             f"proposals {spec.proposals} and proposals_before_nms {spec.proposals_before_nms} must be at least 1",
+        ),
+        (
+            spec.neck_groups < 0 or (spec.neck_groups > 0 and spec.neck_width % spec.neck_groups != 0),
+            f"neck_groups {spec.neck_groups} do not divide neck_width {spec.neck_width}",
+        ),
+        (
+            spec.neck_groups > 0 and spec.top != "pool" and spec.top_relu,
+            "a pyramid with norms has no ReLU between its upper levels: top_relu is true, expected false",
         ),
         (spec.roi_sampling < 0, f"roi_sampling is {spec.roi_sampling}, expected at least 0"),
         (spec.max_size < spec.min_size, f"max_size {spec.max_size} is below min_size {spec.min_size}"),

@@ -209,8 +209,7 @@ def _wider(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int
 
 
 def _neck(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int | None]:
-    step = spec.neck_width // spec.head_groups if spec.head_groups else 1
-    return (steps.narrower(spec.neck_width, rng, step),)
+    return (steps.narrower(spec.neck_width, rng, spec.neck_step),)
 
 
 def _head(spec: DetectorSpec, rng: random.Random, steps: Steps) -> Iterable[int | None]:

@@ -33,11 +33,11 @@ def prune_stage(spec: DetectorSpec, weights: Weights, rng: random.Random, stage:
 def prune_neck(spec: DetectorSpec, weights: Weights, rng: random.Random, width: int) -> Morph:
     """Fewer channels of the pyramid's maps, and of the heads' convolutions, which are as wide as these."""
     _check_smaller("the neck's width", spec.neck_width, width)
-    size = spec.neck_width // spec.head_groups if spec.head_groups else 1
-    if width % size:
-        raise MorphError(f"The heads' group norms take {size} channels together: {width} is no multiple of that.")
-    child = replace(spec, neck_width=width, head_groups=width // size if spec.head_groups else 0)
-    return _pruned(spec, child, weights)
+    if width % spec.neck_step:
+        raise MorphError(f"Group norms take {spec.neck_step} channels together: {width} is no multiple of that.")
+    groups = (width * groups // spec.neck_width for groups in (spec.head_groups, spec.neck_groups))
+    head, neck = groups
+    return _pruned(spec, replace(spec, neck_width=width, head_groups=head, neck_groups=neck), weights)
 
 
 def prune_head(spec: DetectorSpec, weights: Weights, rng: random.Random, width: int) -> Morph:

@@ -92,6 +92,8 @@ def test_no_family_can_have(family: str, change: dict[str, Any], reason: str) ->
         ("retinanet", {"head_depth": 5}, "head_depth 5 is above a retinanet's 4"),
         ("retinanet", {"levels": (8, 16, 32, 64)}, "levels .* are not strides up to 32, then 64 and 128"),
         ("faster_rcnn", {"stage_ious": (0.5, 0.6)}, r"stage_ious are \(0.5, 0.6\), but a faster_rcnn has one stage"),
+        ("gfl", {"neck_groups": 5, "top_relu": False}, "neck_groups 5 do not divide neck_width 16"),
+        ("gfl", {"neck_groups": 4}, "norms has no ReLU between its upper levels: top_relu is true"),
         ("cascade_rcnn", {"stage_ious": (0.5,)}, r"stage_ious are \(0.5,\), but a cascade_rcnn has two at least"),
         ("cascade_rcnn", {"stage_ious": (0.5, 1.0)}, r"stage_ious \(0.5, 1.0\) are not all between 0 and 1"),
         ("fcos", {"mask_depth": 1}, "mask_depth is 1, but a fcos has no mask branch: 0"),

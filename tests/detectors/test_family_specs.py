@@ -57,6 +57,7 @@ def variants(family: str) -> dict[str, DetectorSpec]:
         "small": spec,
         "one class": small_spec(family, ONE),
         "frozen": replace(spec, norm="frozen", norm_eps=0.0),
+        "norms in its pyramid": replace(spec, neck_groups=4, top_relu=spec.top == "pool"),
         "grouped": replace(spec, body=grouped, min_size=60, nms_threshold=0.4),
         "two stages read": with_body_levels(spec, (16, 32)),
         "four stages read": with_body_levels(spec, (4, 8, 16, 32)),

@@ -52,15 +52,17 @@ def body(groups: int = 1) -> State:
     return state
 
 
-def neck(first: int, above: int = 0, on_input: bool = True) -> State:
-    """A pyramid on the stages from ``first``, from 0, with convolutions above."""
+def neck(first: int, above: int = 0, on_input: bool = True, groups: bool = False) -> State:
+    """A pyramid on the stages from ``first``, from 0, with convolutions above; groups: norms on all of them."""
     state: State = {}
     for index, width in enumerate(WIDTHS[first:]):
-        layer(state, f"neck.lateral_convs.{index}.conv", NECK, width, 1, 1)
-        layer(state, f"neck.fpn_convs.{index}.conv", NECK, NECK, 3, 3)
+        layer(state, f"neck.lateral_convs.{index}.conv", NECK, width, 1, 1, bias=not groups)
+        layer(state, f"neck.fpn_convs.{index}.conv", NECK, NECK, 3, 3, bias=not groups)
     for index in range(above):
         inputs = WIDTHS[-1] if on_input and index == 0 else NECK
-        layer(state, f"neck.fpn_convs.{4 - first + index}.conv", NECK, inputs, 3, 3)
+        layer(state, f"neck.fpn_convs.{4 - first + index}.conv", NECK, inputs, 3, 3, bias=not groups)
+    for name in [name for name in state if groups and name.endswith(".conv.weight")]:
+        layer(state, name.replace(".conv.weight", ".gn"), NECK)
     return state
 
 
@@ -138,8 +140,8 @@ def gfl() -> State:
     return state | {"bbox_head.integral.project": torch.linspace(0, 16, 17)}
 
 
-def reppoints(groups: bool = True) -> State:
-    state = body() | neck(1, above=2) | towers(3, groups)
+def reppoints(groups: bool = True, neck_groups: bool = False) -> State:
+    state = body() | neck(1, above=2, groups=neck_groups) | towers(3, groups)
     for name in ("cls", "pts_refine"):
         layer(state, f"bbox_head.reppoints_{name}_conv", NECK, NECK, 3, 3, bias=False)
     layer(state, "bbox_head.reppoints_pts_init_conv", NECK, NECK, 3, 3)
@@ -176,16 +178,23 @@ def conv(state: State, name: str, value: Tensor, **options: Any) -> Tensor:
 
 def pyramid(state: State, maps: list[Tensor]) -> list[Tensor]:
     """mmdetection's: sums from the top, a convolution each; then P6, and P7 without a ReLU, or P6 by pooling."""
-    sums = [conv(state, f"neck.lateral_convs.{i}.conv", level) for i, level in enumerate(maps)]
+
+    def made(name: str, value: Tensor, **options: Any) -> Tensor:
+        value, norm = conv(state, f"neck.{name}.conv", value, **options), f"neck.{name}.gn"
+        if f"{norm}.weight" not in state:
+            return value
+        return F.group_norm(value, 32, state[f"{norm}.weight"], state[f"{norm}.bias"])
+
+    sums = [made(f"lateral_convs.{i}", level) for i, level in enumerate(maps)]
     for i in range(len(sums) - 1, 0, -1):
         sums[i - 1] = sums[i - 1] + F.interpolate(sums[i], size=sums[i - 1].shape[2:], mode="nearest")
-    found = [conv(state, f"neck.fpn_convs.{i}.conv", level, padding=1) for i, level in enumerate(sums)]
-    p6 = f"neck.fpn_convs.{len(maps)}.conv"
-    if f"{p6}.weight" not in state:
+    found = [made(f"fpn_convs.{i}", level, padding=1) for i, level in enumerate(sums)]
+    p6 = f"neck.fpn_convs.{len(maps)}.conv.weight"
+    if p6 not in state:
         return [*found, F.max_pool2d(found[-1], 1, stride=2)]
-    on_input = state[f"{p6}.weight"].shape[1] == maps[-1].shape[1]
-    found.append(conv(state, p6, maps[-1] if on_input else found[-1], stride=2, padding=1))
-    return [*found, conv(state, f"neck.fpn_convs.{len(maps) + 1}.conv", found[-1], stride=2, padding=1)]
+    on_input = state[p6].shape[1] == maps[-1].shape[1]
+    found.append(made(f"fpn_convs.{len(maps)}", maps[-1] if on_input else found[-1], stride=2, padding=1))
+    return [*found, made(f"fpn_convs.{len(maps) + 1}", found[-1], stride=2, padding=1)]
 
 
 def answers(detector: Detector) -> tuple[Inputs, Features, Any]:
@@ -211,12 +220,18 @@ def test_a_body_is_torchvisions_by_another_name(groups: int) -> None:
 
 @pytest.mark.parametrize(
     ("make", "first", "top"),
-    [(faster_rcnn, 0, "pool"), (retinanet, 1, "body"), (lambda: retinanet(on_input=False), 1, "neck")],
+    [
+        (faster_rcnn, 0, "pool"),
+        (retinanet, 1, "body"),
+        (lambda: retinanet(on_input=False), 1, "neck"),
+        (lambda: reppoints(neck_groups=True), 1, "body"),
+    ],
 )
 def test_the_pyramid_is_mmdetections(make: Any, first: int, top: str) -> None:
     state = make()
     detector = loaded(state)
     assert detector.spec.top == top
+    assert detector.spec.neck_groups == (32 if "neck.lateral_convs.0.gn.weight" in state else 0)
     inputs, features, _ = answers(detector)
     with torch.no_grad():
         value, maps = inputs.images.tensors, []
@@ -480,11 +495,6 @@ def with_another_head(state: State) -> State:
     return {name.replace("retina_", "sabl_"): value for name, value in state.items()}
 
 
-def with_norms_in_the_neck(state: State) -> State:
-    layer(state, "neck.lateral_convs.0.gn", NECK)
-    return state
-
-
 def of_six_anchors(state: State) -> State:
     layer(state, "bbox_head.retina_cls", 5, NECK, 3, 3)
     return state
@@ -499,7 +509,6 @@ def of_six_anchors(state: State) -> State:
         (lambda: with_another_head(retinanet()), r"expected a head of .*retinanet.*found one with bbox_head.*sabl_"),
         (lambda: of_six_anchors(retinanet()), "class responses of 9 anchors a location, found 5 in all"),
         (lambda: body() | neck(0), "in mmdetection's names, found none"),
-        (lambda: with_norms_in_the_neck(reppoints()), r"no counterpart here: neck.lateral_convs.0.gn.weight"),
         (fcos, "FCOS of mmdetection's, .* half a stride .* train one here"),
     ],
 )

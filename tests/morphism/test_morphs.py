@@ -106,6 +106,22 @@ def test_pruning_equals_masking(family: str, body: str, action: Action, argument
     assert_same_detections(detect(child, images), detect(parent, images))
 
 
+@pytest.mark.parametrize(
+    ("family", "neck_groups", "width"),
+    [("faster_rcnn", 4, 12), ("mask_rcnn", 4, 8), ("fcos", 2, 8), ("reppoints", 8, 12)],
+)
+def test_a_neck_with_norms_is_pruned_by_their_groups(family: str, neck_groups: int, width: int) -> None:
+    """The heads of one stage have 4 groups of their own: of 4 channels, where the neck's are of 8 or 2."""
+    relu = small_spec(family).top == "pool"
+    parent = detector_of(family, "tied", neck_groups=neck_groups, top_relu=relu)
+    images, _ = batch()
+    morph = prune_neck(parent.spec, parent.model.state_dict(), random.Random(0), width)
+    assert len(morph.picks["outer"]) == morph.spec.neck_groups == neck_groups * width // 16
+    child = carry(morph, parent)
+    mask(parent, morph)
+    assert_same_detections(detect(child, images), detect(parent, images))
+
+
 @pytest.mark.parametrize(("action", "arguments"), SHRINKING, ids=told)
 def test_a_pruned_detector_computes_less(action: Action, arguments: tuple[int, ...]) -> None:
     parent = detector_of("fcos", "tied")

@@ -43,8 +43,8 @@ def spec_of(family: str) -> DetectorSpec:
     )
     masks = {"mask_depth": 1, "mask_width": 8, "mask_roi_size": MASK // 2}
     if TRAITS[family].two_stage:
-        has_masks = "mask_depth" in TRAITS[family].standard
-        return replace(common, family=family, **{**TRAITS[family].standard, **(masks if has_masks else {})})
+        standard = dict(TRAITS[family].standard)
+        return replace(common, family=family, **(standard | masks if True in TRAITS[family].masks else standard))
     strides = (8, 16, 32, 64, 128)
     one_stage = replace(common, family="retinanet", levels=strides, anchor_sizes=strides, top="neck", head_depth=1)
     if family == "retinanet":

@@ -46,6 +46,7 @@ from autodet.distill.values import Value
 
 FEATURES = ("global", "fg", "bg", "instance")
 TWO_STAGE = {family for family in FAMILIES if TRAITS[family].two_stage}
+MASKED = {family for family in FAMILIES if True in TRAITS[family].masks}
 REGIONS = ("logits.roi", "localization.roi", "logits.mask")
 PAIRS = list(itertools.product(FAMILIES, FAMILIES))
 # What builds detectors takes a part of them: each family with itself and with two others, each in both roles.
@@ -55,7 +56,7 @@ SOME_PAIRS = [(family, FAMILIES[(i + step) % len(FAMILIES)]) for i, family in en
 def own(pair: tuple[str, str], *other: str) -> tuple[str, ...]:
     """What only two second stages have, two mask branches, or two heads with distributions, without some."""
     regions = REGIONS[:2] if set(pair) <= TWO_STAGE else ()
-    masks = ("logits.mask",) if set(pair) == {"mask_rcnn"} else ()
+    masks = ("logits.mask",) if set(pair) <= MASKED else ()
     sides = ("localization.sides",) if all(TRAITS[family].distributions for family in pair) else ()
     return tuple(name for name in (*regions, *masks, *sides) if name not in other)
 

@@ -36,7 +36,7 @@ def inherit_neck_and_head(student: Detector, teacher: Detector) -> Inherited:
     their level's stride. Lateral 1×1 convolutions read the body's widths and so usually differ.
 
     Not copied is what has another meaning in the two: between families all but the neck, between different labels the
-    layers that name them, between different anchors those that answer for each.
+    layers that name them, between different anchors those that answer for each, between other norms of it the neck.
     """
     source = teacher.model.state_dict()
     copied, differing = [], []
@@ -56,7 +56,7 @@ def inherit_neck_and_head(student: Detector, teacher: Detector) -> Inherited:
 def _foreign(name: str, student: DetectorSpec, teacher: DetectorSpec) -> bool:
     """Whether a tensor means something else in the teacher, be it of the same name and shape."""
     if name.startswith(NECK):
-        return name.startswith(P6) and student.top != teacher.top
+        return student.neck_groups != teacher.neck_groups or (name.startswith(P6) and student.top != teacher.top)
     if student.family != teacher.family:
         return True
     if student.labels != teacher.labels and name.rpartition(".")[0] in FAMILY_OF[student.family].class_layers_of(

@@ -116,11 +116,12 @@ def test_between_other_labels_the_layers_that_name_them_are_left(family: str, ow
     ("retinanet", {"anchor_ratios": (0.3, 1.0, 3.0)},
      ("head.classification_head.cls_logits.", "head.regression_head.bbox_reg.")),
     ("fcos", {"top": "body"}, ("backbone.fpn.extra_blocks.p6.",)),
+    ("fcos", {"neck_groups": 4, "top_relu": False}, ("backbone.fpn.",)),
 ])  # fmt: skip
 def test_layers_of_equal_shape_and_other_meaning_are_left(
     family: str, change: dict[str, Any], own: tuple[str, ...]
 ) -> None:
-    """Other anchors, and a level made from another map whose width is the same by chance."""
+    """Other anchors, a level made from another map whose width is the same by chance, and a neck with norms."""
     spec = spec_of(family)
     assert spec.body.stages[-1].width == spec.neck_width
     _, left = copied_between(spec, replace(spec, **change))

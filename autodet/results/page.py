@@ -15,7 +15,7 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-t
 table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #e2e2e2; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid #999; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
 code, pre { font: .88rem/1.45 ui-monospace, monospace; background: #f5f5f5; overflow-wrap: anywhere; }
 pre { padding: .6rem .8rem; white-space: pre-wrap; } code { padding: 0 .2rem; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption, .quiet { color: #666; font-size: .88rem; }

@@ -6,7 +6,7 @@ that shrink as 1, 1/2, 1/3, by a smooth l1 loss with β = 1 of them (torchvision
 ground truth are left out of the next one, which gets the ground truth itself again.
 
 A Cascade Mask R-CNN has one mask branch: it learns from the regions of the first stage and answers on the last one's
-boxes (the public codes differ: one branch as here, or one in every stage, as in the paper's Sec. 6.2 (c)).
+boxes, as in one of the public codes; mmdetection has a branch in every stage.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ anchor sizes of half the stride, since with torchvision's nearly all objects fal
 0.37); in RetinaNet a GIoU loss (0.24 against 0.21 on a quarter of the images). Cascade R-CNN takes the recipe of Faster
 R-CNN (0.542 and 0.520, one seed each); its three box heads make the student one of 0.9 M parameters.
 
+Mask R-CNN, for which these cells have no masks, has the recipe of Faster R-CNN too: on 200 generated images its teacher
+reaches 0.372, its masks 0.284 (one seed).
+
 GFL and RepPoints take FCOS's recipes (0.493 and 0.477; 0.487 and 0.481, one seed each), with anchors of two strides: of
 four, half of GFL's public ones, its teacher saw no small object (0.426 and 0.448).
 """

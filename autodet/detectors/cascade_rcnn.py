@@ -288,22 +288,17 @@ def describe_cascade_rcnn(model: CascadeRCNN, labels: Sequence[tuple[int, str]])
 
 def _unsaid(model: CascadeRCNN) -> dict[str, object]:
     """Settings that a spec has no field for."""
-    masks = unsaid_mask_branch(model.roi_heads) if model.roi_heads.has_mask() else {}
-    return (
-        unsaid_rcnn(model)
-        | masks
-        | {
-            "stages": tuple(
-                (
-                    matching(stage.proposal_matcher),
-                    tuple(stage.box_coder.weights),
-                    stage.fg_bg_sampler.batch_size_per_image,
-                    stage.fg_bg_sampler.positive_fraction,
-                )
-                for stage in model.roi_heads.stages
-            )
-        }
+    heads = model.roi_heads
+    stages = tuple(
+        (
+            matching(stage.proposal_matcher),
+            tuple(stage.box_coder.weights),
+            stage.fg_bg_sampler.batch_size_per_image,
+            stage.fg_bg_sampler.positive_fraction,
+        )
+        for stage in heads.stages
     )
+    return unsaid_rcnn(model) | (unsaid_mask_branch(heads) if heads.has_mask() else {}) | {"stages": stages}
 
 
 def read_cascade_rcnn(state: State) -> Read | None:

@@ -35,8 +35,7 @@ def prune_neck(spec: DetectorSpec, weights: Weights, rng: random.Random, width: 
     _check_smaller("the neck's width", spec.neck_width, width)
     if width % spec.neck_step:
         raise MorphError(f"Group norms take {spec.neck_step} channels together: {width} is no multiple of that.")
-    groups = (width * groups // spec.neck_width for groups in (spec.head_groups, spec.neck_groups))
-    head, neck = groups
+    head, neck = (groups * width // spec.neck_width for groups in (spec.head_groups, spec.neck_groups))
     return _pruned(spec, replace(spec, neck_width=width, head_groups=head, neck_groups=neck), weights)
 
 

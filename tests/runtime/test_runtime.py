@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,9 @@ from ray.tune.search.optuna import OptunaSearch
 from autodet.distill import Formula
 from autodet.ledger import Ledger, WriteError
 from autodet.records import Record
+from autodet.runtime import trial
 from autodet.runtime.cluster import ray_running
+from autodet.runtime.trial import ENVIRONMENT
 from autodet.runtime.tune_search import OptunaSpace, SessionSearcher, run_searcher, run_session
 from autodet.search import EMPTY, FINISHED, Ask, Candidate, FixedList, Session
 from autodet.search import session as session_module
@@ -49,19 +52,26 @@ def records_of(session: Session, ledger: Ledger) -> list[Record]:
     return ledger.write_views()
 
 
-def test_a_search_runs_to_its_end(ray_cluster: None, task: Task, tmp_path: Path) -> None:
-    with Ledger.create(tmp_path, {}) as ledger:
+@pytest.fixture(scope="module")
+def searched(ray_cluster: None, task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Record]]:
+    """The folder and records of four candidates on two workers."""
+    folder = tmp_path_factory.mktemp("searched")
+    with Ledger.create(folder, {}) as ledger:
         session = Session(ledger, FixedList(candidates(4)))
-        run_session(session, task, tmp_path, workers=2)
-        records = records_of(session, ledger)
-        began = [(event.kind, event.id) for event in ledger.events()][:2]
+        run_session(session, task, folder, workers=2)
+        return folder, records_of(session, ledger)
+
+
+def test_a_search_runs_to_its_end(searched: tuple[Path, list[Record]]) -> None:
+    folder, records = searched
+    began = [(event.kind, event.id) for event in Ledger.open(folder).events()][:2]
     assert began == [("asked", 0), ("asked", 1)]  # both workers start at once
     assert [r.status for r in records] == ["completed"] * 4
     assert [[epoch for epoch, _ in r.ap_by_epoch] for r in records] == [[1, 2]] * 4
     assert [r.epochs for r in records] == [EPOCHS] * 4
     assert [r.seed for r in records] == [0, 0, 1, 1]
     assert records[1].extra["scales"].keys() == {str(KD.terms[0])}
-    assert list((tmp_path / "trials").iterdir()) == []  # told: no checkpoint is kept
+    assert list((folder / "trials").iterdir()) == []  # told: no checkpoint is kept
 
 
 class KillingSession(Session):
@@ -77,15 +87,12 @@ class KillingSession(Session):
         return stop
 
 
-def test_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster: None, task: Task, tmp_path: Path) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    with Ledger.create(straight, {}) as ledger:
-        session = Session(ledger, FixedList(candidates(1)))
-        run_session(session, task, straight, workers=1)
-        expected = records_of(session, ledger)[0]
-    with Ledger.create(killed, {}) as ledger:
+def test_a_killed_worker_goes_on_from_its_checkpoint(
+    searched: tuple[Path, list[Record]], task: Task, tmp_path: Path
+) -> None:
+    with Ledger.create(tmp_path, {}) as ledger:
         killing = KillingSession(ledger, FixedList(candidates(1)))
-        run_session(killing, task, killed, workers=1)
+        run_session(killing, task, tmp_path, workers=1)
         found = records_of(killing, ledger)[0]
         events = ledger.events()
     assert killing.killed
@@ -94,38 +101,34 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster: None, task: Ta
         ("reported", 1),
         ("reported", 2),
     ]
-    assert found.status == "completed" and found.metrics == expected.metrics
-
-
-def test_a_failing_candidate_is_recorded_with_its_cause_and_the_rest_goes_on(
-    ray_cluster: None, task: Task, tmp_path: Path
-) -> None:
-    hopeless = Formula.parse("logits.roi: softmax(c) | kl * 1e38")
-    given = [(Candidate(hopeless, True), "hopeless"), (Candidate(EMPTY, True), "none")]
-    with Ledger.create(tmp_path, {}) as ledger:
-        session = Session(ledger, FixedList(given))
-        run_session(session, task, tmp_path, workers=1)
-        failed, completed = records_of(session, ledger)
-    assert failed.status == "failed" and failed.ap is None
-    assert failed.cause is not None and failed.cause.startswith("Diverged")
-    assert completed.status == "completed"
+    assert found.status == "completed" and found.metrics == searched[1][0].metrics
 
 
 class StoppingList(FixedList):
-    """Stops candidate 0 at its first report."""
+    """Stops candidate 1 at its first report."""
 
     def report(self, id: int, epoch: int, ap: float | None) -> bool:
-        return id == 0
+        return id == 1
 
 
-def test_a_stopped_candidate_ends_at_once_with_its_last_ap(ray_cluster: None, task: Task, tmp_path: Path) -> None:
+def test_after_candidates_that_fail_and_are_stopped_the_rest_goes_on(
+    ray_cluster: None, task: Task, tmp_path: Path
+) -> None:
+    """And one worker asks only after it was told: Tune queues trials ahead, which would make a search decide without a
+    result that is due."""
+    hopeless = Formula.parse("logits.roi: softmax(c) | kl * 1e38")
+    given = [(Candidate(hopeless, True), "hopeless"), *candidates(2)]
     with Ledger.create(tmp_path, {}) as ledger:
-        session = Session(ledger, StoppingList(candidates(2)))
+        session = Session(ledger, StoppingList(given))
         run_session(session, task, tmp_path, workers=1)
-        stopped, other = records_of(session, ledger)
+        failed, stopped, completed = records_of(session, ledger)
+        kinds = [(event.kind, event.id) for event in ledger.events() if event.kind != "reported"]
+    assert failed.status == "failed" and failed.ap is None
+    assert failed.cause is not None and failed.cause.startswith("Diverged")
     assert (stopped.status, stopped.epochs) == ("stopped", 1)
     assert stopped.ap == stopped.ap_by_epoch[0][1] is not None
-    assert other.status == "completed"
+    assert completed.status == "completed"
+    assert kinds == [(kind, id) for id in range(3) for kind in ("asked", "told")]
 
 
 class InterruptedSession(Session):
@@ -152,19 +155,10 @@ def test_an_interrupted_run_is_resumed_without_repeating(ray_cluster: None, task
     assert sorted(e.id for e in events if e.kind == "told") == [0, 1, 2]
 
 
-def test_one_worker_asks_only_after_it_was_told(ray_cluster: None, task: Task, tmp_path: Path) -> None:
-    """Tune queues trials ahead; asking early would make a search decide without a result that is due."""
-    short = replace(task, settings=TrainSettings(epochs=1, batch_size=4), checks=())
-    with Ledger.create(tmp_path, {}) as ledger:
-        run_session(Session(ledger, FixedList(candidates(3))), short, tmp_path, workers=1)
-        kinds = [(e.kind, e.id) for e in ledger.events() if e.kind != "reported"]
-    assert kinds == [(kind, id) for id in range(3) for kind in ("asked", "told")]
-
-
 def test_rays_own_optuna_searcher_drives_the_same_trainable(ray_cluster: None, task: Task, tmp_path: Path) -> None:
     short = replace(task, settings=TrainSettings(epochs=1, batch_size=4), checks=())
     searcher = OptunaSearch(OptunaSpace(("global", "logits.roi"), inherit=True), metric="ap", mode="max", seed=0)
-    grid = run_searcher(searcher, short, tmp_path, samples=3, workers=2)
+    grid = run_searcher(searcher, short, tmp_path, samples=3, workers=1)
     table = grid.get_dataframe()
     assert [json.loads(outcome)["status"] for outcome in table["outcome"]] == ["completed"] * 3
     assert table["config/candidate/formula"].map(lambda text: Formula.parse(text).key).nunique() > 1
@@ -187,20 +181,26 @@ def test_a_finished_session_stays_finished(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_fails_stops_the_run_and_the_candidate_stays_open(
-    ray_cluster: None, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "PAUSE", 0.01)
-    broken = replace(task, cache=str(tmp_path / "file" / "cache"))
-    (tmp_path / "file").write_text("no folder can be made in a file")
-    with Ledger.create(tmp_path / "run", {}) as ledger:
+    monkeypatch.setattr(session_module, "PAUSE", 0.0)
+    with Ledger.create(tmp_path, {}) as ledger:
         session = Session(ledger, FixedList(candidates(2)))
-        with pytest.raises(MachineError, match="NotADirectoryError"):
-            run_session(session, broken, tmp_path / "run", workers=1)
+        searcher = SessionSearcher(session, 1, tmp_path / "trials")
+        failed = {"outcome": json.dumps({"status": ENVIRONMENT, "ap": None, "cause": "OSError: no disk"})}
+        for trial in range(session_module.MACHINE_FAILURES + 1):
+            assert session.broken is None and searcher.suggest(str(trial))["id"] == 0
+            searcher.on_trial_complete(str(trial), failed)
+        assert isinstance(session.broken, MachineError) and "OSError: no disk" in str(session.broken)
         assert [event.kind for event in ledger.events()] == ["asked"]
-    with Ledger.resume(tmp_path / "run") as ledger:
-        session = Session(ledger, FixedList(candidates(2)))
-        run_session(session, task, tmp_path / "run", workers=1)
-        assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2
+    assert_open(tmp_path, 0)
+
+
+def assert_open(folder: Path, id: int) -> None:
+    """A resumed run hands this candidate out first."""
+    with Ledger.resume(folder) as ledger:
+        ask = Session(ledger, FixedList(candidates(2))).next()
+        assert isinstance(ask, Ask) and ask.id == id
 
 
 def test_a_worker_that_dies_while_it_starts_or_changes_over_costs_no_candidate(
@@ -243,16 +243,16 @@ def test_a_candidate_whose_machine_failed_is_tried_again(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_does_not_answer_stops_the_run_and_the_candidates_stay_open(
-    ray_cluster: None, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_that_does_not_answer_is_no_fault_of_the_candidate(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a broken one would fail every candidate within a second."""
-    monkeypatch.setattr(session_module, "PAUSE", 0.01)
-    with Ledger.create(tmp_path / "run", {}) as ledger:
-        session = Session(ledger, FixedList(candidates(2)))
-        with pytest.raises(MachineError, match=r"CUDA|NVIDIA"):
-            run_session(session, replace(task, device="cuda"), tmp_path / "run", workers=1)
-        assert [event.kind for event in ledger.events()] == ["asked"]
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("autodet.runtime.trial.tune.report", told.append)
+    monkeypatch.setattr(trial, "show_title", lambda name: None)
+    trial.make_trainable(replace(task, device="cuda"), tmp_path)({"id": 0, "candidate": candidates(1)[0][0].to_json()})
+    outcome = json.loads(told[-1]["outcome"])
+    assert outcome["status"] == ENVIRONMENT and re.search("CUDA|NVIDIA", outcome["cause"])
 
 
 def test_a_full_disk_under_the_ledger_stops_the_run_with_its_error(
@@ -271,7 +271,4 @@ def test_a_full_disk_under_the_ledger_stops_the_run_with_its_error(
             patch.setattr(ledger, "append", full)
             run_session(session, task, tmp_path, workers=1)
         assert [event.kind for event in ledger.events() if event.kind != "reported"] == ["asked"]
-    with Ledger.resume(tmp_path) as ledger:
-        session = Session(ledger, FixedList(candidates(2)))
-        run_session(session, task, tmp_path, workers=1)
-        assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2
+    assert_open(tmp_path, 0)

@@ -26,18 +26,18 @@ from autodet.working_copy import fetch_changed
 
 DERIVED, ONNX, TABLE = "derived.safetensors", "derived.onnx", "final.json"
 SAME = "base, same settings"
-PRECISION, ROUNDS = 0.005, 200  # of the last timings
+PRECISION = 0.005  # of the last timings
 CHECKED, ODD = 8, 2  # images on which the ONNX file is checked, of which some may disagree
 
 
 def finish(
-    folder: Path, search: JointSearch, task: JointTask, examiner: Examiner, base_epochs: int | None = None
+    folder: Path, search: JointSearch, task: JointTask, examiner: Examiner, rounds: int, base_epochs: int | None = None
 ) -> None:
     """Keep the best detector within the limits, or, where there is none, what comes closest; measure, draw, print.
 
-    base_epochs: that the base was trained here, None where it was given.
+    rounds: of a timing, at most. base_epochs: that the base was trained here, None where it was given.
     """
-    chosen, cost = chosen_of(search, task, examiner)
+    chosen, cost = chosen_of(search, task, examiner, rounds)
     student = search.student(chosen.id)
     derived, notes = load_detector(task.weights_file(search.weights[chosen.id]))
     lineage = {"candidate": chosen.id, "lineage_epochs": student.epochs, "val_ap": chosen.ap}
@@ -48,7 +48,7 @@ def finish(
     if spec != base.spec:
         bench = JointBench(task)
         detectors[SAME] = with_settings(base, spec, bench)
-        costs[SAME] = examiner.cost(detectors[SAME], PRECISION, ROUNDS)
+        costs[SAME] = examiner.cost(detectors[SAME], PRECISION, rounds)
         marks[SAME] = (search.cost_of(costs[SAME]), bench.bench(spec).measure(detectors[SAME]).ap or 0)
     detectors["derived"], costs["derived"] = derived, cost
     task = replace(task, task=replace(task.task, split=_split(Path(task.task.data))))
@@ -65,7 +65,7 @@ def finish(
     print("\n" + "\n".join(lines) + f"\n\nReport: {report}")
 
 
-def chosen_of(search: JointSearch, task: JointTask, examiner: Examiner) -> tuple[Point, RelativeCost]:
+def chosen_of(search: JointSearch, task: JointTask, examiner: Examiner, rounds: int) -> tuple[Point, RelativeCost]:
     """What is handed over and its cost, and a word where that is less than was asked for.
 
     Children were timed before they were trained, and a detector that finds more takes longer: the choice is timed anew.
@@ -79,14 +79,14 @@ def chosen_of(search: JointSearch, task: JointTask, examiner: Examiner) -> tuple
             return point, examiner.base_cost()
         fetch_changed(path)  # a child of another machine
         if path.exists():  # of those that have left the front there is none
-            cost = examiner.cost(load_detector(path)[0], PRECISION, ROUNDS)
+            cost = examiner.cost(load_detector(path)[0], PRECISION, rounds)
             if search.within(cost):
                 return point, cost
             now = f"{cost.latency_ratio:.1%} of the base's latency, {cost.macs_g:.3g} GMACs, {cost.params_m:.3g} M"
             print(f"Candidate {point.id} (AP {point.ap:.3f}) is beyond the limits now that it is trained: {now}.")
     print(f"\nNo candidate is within the limits {dict(search.settings.limits)}: what comes closest is kept.")
     best = min(search.front(), key=lambda point: (excess(search, point), -point.ap))
-    return best, examiner.cost(load_detector(task.weights_file(search.weights[best.id]))[0], PRECISION, ROUNDS)
+    return best, examiner.cost(load_detector(task.weights_file(search.weights[best.id]))[0], PRECISION, rounds)
 
 
 def excess(search: JointSearch, point: Point) -> float:

@@ -22,7 +22,8 @@ class JointPreset:
     of the base's image size that may be chosen. fraction: of the training images, for the distiller's candidates.
     founders: members of the pool that children may descend from as well as from the base; where a pool is trained
     longer than the base was, they are the better beginnings, and where not, their children soon lose [ours]. larger:
-    the size of images beside the base's, as a factor of it, that the pool's members learn to see.
+    the size of images beside the base's, as a factor of it, that the pool's members learn to see. rounds: of the last
+    timings, at most.
     """
 
     preset: Preset
@@ -38,6 +39,7 @@ class JointPreset:
     fractions: tuple[float, ...] = (2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0, 13 / 12, 7 / 6, 5 / 4, 4 / 3)
     founders: int = 4
     larger: float = 7 / 6
+    rounds: int = 200
 
     def placed(self, options: argparse.Namespace) -> JointPreset:
         """With the workers, CPUs and GPUs that a command line gives."""
@@ -86,6 +88,7 @@ def smoke(preset: Preset) -> JointPreset:
         steps=Steps(width=4),
         founders=1,
         larger=1.0,
+        rounds=20,
     )
 
 

@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"Not finished. Go on with: --resume {named(folder)}", file=sys.stderr)
                 return INTERRUPTED
     with stages.timed("report"):
-        finish(folder, search, task, examiner, None if options.base else preset.preset.teaching.epochs)
+        base_epochs = None if options.base else preset.preset.teaching.epochs
+        finish(folder, search, task, examiner, preset.rounds, base_epochs)
     if (locks := task.locks()) is not None:
         locks.remove()
     return 0

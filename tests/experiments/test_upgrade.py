@@ -70,7 +70,7 @@ def given(folder: Path, spec: DetectorSpec) -> list[str]:
 def upgraded(ray_cluster: None, tiny_spec: DetectorSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. Runs that are killed on their way are those of tests/chaos."""
     inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("runs") / "upgrade"
-    options = [*given(inputs, tiny_spec), "--budget", "5", "--latency-target", "0.8", "--epochs", "2"]
+    options = [*given(inputs, tiny_spec), "--budget", "5", "--latency-target", "0.95", "--epochs", "2"]
     assert upgrade_detector.main([*options, "--workers", "1", "--output", str(folder)]) == 0
     return folder
 

@@ -211,13 +211,14 @@ def test_all_of_it_runs_and_equal_seeds_give_equal_tables(tmp_path: Path, capsys
     run(tmp_path / "one")
     said = capsys.readouterr().out
     assert "of the oracle" in said and "Latency, processor ms" in said and "rebuild_s" in said
-    run(tmp_path / "two", "--searchers", "divide", "joint")
-    run(tmp_path / "other", "--searchers", "divide", "joint", "--seed", "1", "--tail", "pareto")
+    part = ["--searchers", "divide", "joint", "--workers", "20"]
+    run(tmp_path / "two", *part)
+    run(tmp_path / "other", *part, "--seed", "1", "--tail", "pareto")
     tables = [pd.read_csv(tmp_path / name / "scale.csv") for name in ("one", "two", "other")]
     decided = ["searcher", "workers", "candidates", "completed", "stopped", "failed", "utilisation", "oracle", "events"]
     one, two, other = (table[decided] for table in tables)
-    again = one[one["searcher"].isin(two["searcher"])].reset_index(drop=True)
-    pd.testing.assert_frame_equal(again, two)
+    again = one[one["searcher"].isin(two["searcher"]) & (one["workers"] == 20)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, two, check_dtype=False)
     assert not again.equals(other) and len(one) == 2 * len(SEARCHERS)
     assert one["oracle"].between(0, 1 + 1e-9).all() and one["utilisation"].between(0, 1 + 1e-9).all()
     assert (tables[0]["rebuild_s"].notna() == (one["workers"] == 20)).all()

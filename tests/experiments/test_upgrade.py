@@ -89,6 +89,15 @@ def test_every_candidate_ends_once(upgraded: Path) -> None:
         assert record.student["weights"] == path[-2].weights
 
 
+def test_a_finished_run_is_only_shown_again(upgraded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, final = Ledger.open(upgraded).events(), json.loads((upgraded / "final.json").read_text())
+    assert upgrade_detector.main(["--resume", str(upgraded)]) == 0
+    assert Ledger.open(upgraded).events() == before
+    again = json.loads((upgraded / "final.json").read_text())
+    assert [row["AP"] for row in again["rows"]] == [row["AP"] for row in final["rows"]]
+    assert str(upgraded / "report.html") in capsys.readouterr().out
+
+
 def test_the_disk_holds_the_front_and_the_base_alone(upgraded: Path) -> None:
     records = records_from(Ledger.open(upgraded).events())
     named = {record.weights for record in front(records)} | {record.weights for record in records[:2]}

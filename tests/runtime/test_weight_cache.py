@@ -75,14 +75,14 @@ def start_readers(count: int) -> list[Any]:
 def test_trials_hold_the_weights_once_and_none_can_change_them(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
     """Each reader's own memory hardly grows: what it maps is the one copy in Ray's shared memory."""
     path, hash, state = weights
-    readers = start_readers(3)
+    readers = start_readers(2)
     expected = float(sum(value[0].sum() for value in state.values()))
     for found in ray.get([reader.read.remote(hash, str(path)) for reader in readers]):
         assert found == pytest.approx(expected, rel=1e-5)
     own = [ray.get(reader.memory.remote()) / 2**20 for reader in readers]
-    assert sum(own) < 1.7 * MEGABYTES  # private copies would be three times, and more while they are made
+    assert sum(own) < 1.4 * MEGABYTES  # private copies would be twice, and more while they are made
     facts = ray.get(cache_of_this_node().facts.remote())
-    assert hash in facts["kept"] and facts["hits"] >= 2
+    assert hash in facts["kept"] and facts["hits"] >= 1
     ray.get(readers[0].spoil.remote())
     assert ray.get(readers[1].read.remote(hash, str(path))) == pytest.approx(expected, rel=1e-5)
     shared_weights(hash, path)("layer2").zero_()
@@ -100,6 +100,15 @@ def test_a_cache_that_dies_is_rebuilt_from_the_file(weights: tuple[Path, str, di
     assert all(torch.equal(after(name), value) for name, value in state.items())
     assert torch.equal(before("layer0"), state["layer0"])  # what was mapped stays readable
     assert ray.get(cache_of_this_node().__ray_call__.remote(lambda _: os.getpid())) != victim
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_file_of_other_weights_is_refused(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
+    path, _, _ = weights
+    with pytest.raises(WeightsError, match=r"expected 000000000000…: it was changed since"):
+        shared_weights("0" * 64, path)
+    with pytest.raises(WeightsError, match="missing"):
+        shared_weights("1" * 64, path.with_name("missing.safetensors"))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -127,15 +136,6 @@ def wait_for(read: Callable[[], Any], until: Callable[[Any], bool], seconds: flo
         assert time.monotonic() < deadline, found
         time.sleep(0.1)
     return found
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_file_of_other_weights_is_refused(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
-    path, _, _ = weights
-    with pytest.raises(WeightsError, match=r"expected 000000000000…: it was changed since"):
-        shared_weights("0" * 64, path)
-    with pytest.raises(WeightsError, match="missing"):
-        shared_weights("1" * 64, path.with_name("missing.safetensors"))
 
 
 Make = Callable[[int], WeightCache]

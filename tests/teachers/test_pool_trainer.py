@@ -37,6 +37,7 @@ FORMULAS = {
     "fcos": "fg: mask(0.35) | l2; logits.dense: sigmoid | l1",
     "gfl": "global: l2; logits.dense: sigmoid | l2",
 }
+LONG, SHORT = "1*largest > 1*sandwich(0.5, 2) > 1*sandwich(1, 2)", "1*largest > 1*sandwich(0.5, 2)"
 Make = Callable[..., PoolTrainer]
 
 
@@ -54,7 +55,7 @@ def make(loader: Loader) -> Make:
         family: str = "fcos",
         workers: Workers | None = None,
         parts: int = 1,
-        schedule: str = "1*largest > 1*sandwich(0.5, 2) > 1*sandwich(1, 2)",
+        schedule: str = LONG,
         formula: str | None = None,
         checkpoint: Path | None = None,
         ema: float = 0.0,
@@ -76,7 +77,7 @@ def weights(trainer: PoolTrainer) -> dict[str, Tensor]:
 
 def worker(rank: int, count: int, meeting: Path, make: Make, family: str, parts: int) -> None:
     """One process of a group: trains, and leaves its weights and reports in a file."""
-    trainer = joined(rank, count, meeting, make, family, parts)
+    trainer = joined(rank, count, meeting, make, family, parts, SHORT)
     losses = [dict(epoch.losses) for epoch in trainer.epochs()]
     averaged = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
     torch.save({"weights": weights(trainer), "averaged": averaged, "losses": losses}, meeting / f"{rank}.pt")
@@ -94,11 +95,13 @@ def worker_of_one_epoch(rank: int, count: int, meeting: Path, make: Make, path: 
     dist.destroy_process_group()
 
 
-def joined(rank: int, count: int, meeting: Path, make: Make, family: str, parts: int) -> PoolTrainer:
+def joined(
+    rank: int, count: int, meeting: Path, make: Make, family: str, parts: int, schedule: str = LONG
+) -> PoolTrainer:
     """The trainer of a process that has found its group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=count)
-    return make(family, DistributedWorkers(), parts, ema=0.5, optimizer="sgd")
+    return make(family, DistributedWorkers(), parts, schedule, ema=0.5, optimizer="sgd")
 
 
 def run_group(count: int, target: Callable[..., None], meeting: Path, *arguments: object) -> None:
@@ -122,7 +125,7 @@ def test_workers_together_train_as_one_alone(family: str, count: int, parts: int
 
     By SGD: gradients differ by rounding, and where one is as small as that, AdamW's step would be any.
     """
-    alone = make(family, None, parts, ema=0.5, optimizer="sgd")
+    alone = make(family, None, parts, SHORT, ema=0.5, optimizer="sgd")
     reports = [epoch.losses for epoch in alone.epochs()]
     run_group(count, worker, tmp_path, make, family, parts)
     for rank in range(count):
@@ -228,10 +231,10 @@ def test_steps_draw_other_members_from_what_is_open(make: Make, loader: Loader) 
 
 
 def test_the_largest_teaches_the_others_and_not_itself(make: Make) -> None:
-    *_, last = make("fcos").epochs()
+    *_, last = make("fcos", schedule="1*sandwich(1, 1)").epochs()
     taught = {name.split("/")[0] for name in last.losses if "distill" in name}
     assert taught == {"smallest", "random"}
-    *_, untaught = make("fcos", formula="none").epochs()
+    *_, untaught = make("fcos", formula="none", schedule="1*sandwich(1, 1)").epochs()
     assert not [name for name in untaught.losses if "distill" in name]
     *_, uniform = make("fcos", schedule="1*uniform(1, 3)").epochs()
     assert not [name for name in uniform.losses if "distill" in name]

@@ -43,12 +43,13 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SPACE = PoolSpace.parse("basic-=:8..16/8x1-16x1..2-16x1-16x1@64")
 PAUSE = (1.0, 5.0)  # seconds between two faults
 LONGEST = 600.0  # seconds of a round
+LOST_SOON = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}  # a node that does not answer
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
 class Nodes:
-    """A cluster whose head runs no trials, and two nodes of one CPU each."""
+    """A cluster whose head runs no trials, and nodes of one CPU each."""
 
     cluster: Any  # ray.cluster_utils.Cluster
     workers: list[Any] = field(default_factory=list)
@@ -71,13 +72,13 @@ class Nodes:
 
 
 @contextmanager
-def nodes() -> Iterator[Nodes]:
-    """A running cluster."""
-    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+def nodes(count: int) -> Iterator[Nodes]:
+    """A running cluster with so many nodes beside its head."""
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": LOST_SOON})
     try:
         found = Nodes(cluster)
-        found.add()
-        found.add()
+        for _ in range(count):
+            found.add()
         yield found
     finally:
         cluster.shutdown()
@@ -135,22 +136,28 @@ def bucket(folder: Path) -> Iterator[str]:
                 os.environ |= {} if value is None else {name: value}
 
 
-def one_round(kind: str, folder: Path, seed: int, faults: int, budget: int = 16, store: bool = False) -> dict[str, Any]:
+def one_round(
+    kind: str, folder: Path, seed: int, faults: int, budget: int = 16, store: bool = False, workers: int = 2
+) -> dict[str, Any]:
     """Run a search to its end through faults; what happened. AssertionError where something was lost.
 
-    store: the run lies in an object store, from which a machine without a copy reads it in the end.
+    store: the run lies in an object store, from which a machine without a copy reads it in the end. workers: nodes,
+    each of which trains a candidate at a time.
     """
     with bucket(folder) if store else nullcontext(str(folder / "run")) as output:
-        found = _one_round(kind, folder, local_path(output), commands(folder, output, budget)[kind], seed, faults)
+        command = commands(folder, output, budget, workers)[kind]
+        found = _one_round(kind, folder, local_path(output), command, seed, faults, workers)
         if store:
             os.environ |= {ROOT: str(folder / "elsewhere"), COPIED: "{}"}
         return found | {"candidates": len(check(read_path(output)))}
 
 
-def _one_round(kind: str, folder: Path, run: Path, command: Sequence[str], seed: int, faults: int) -> dict[str, Any]:
+def _one_round(
+    kind: str, folder: Path, run: Path, command: Sequence[str], seed: int, faults: int, workers: int
+) -> dict[str, Any]:
     rng = random.Random(seed)
     done: list[str] = []
-    with nodes() as cluster:
+    with nodes(workers) as cluster:
         driver = Driver(command, cluster.cluster.address, folder / "driver.log")
         trials = kill_one(lambda: cluster.processes("ray::distiller/", "ray::joint/", "ray::ImplicitFunc"), "a trial")
         caches = kill_one(lambda: cluster.processes("ray::WeightCache"), "a cache")
@@ -194,7 +201,7 @@ def check(run: Path) -> list[Record]:
     return records
 
 
-def commands(folder: Path, output: str, budget: int) -> dict[str, list[str]]:
+def commands(folder: Path, output: str, budget: int, workers: int) -> dict[str, list[str]]:
     """The drivers' commands by kind, on small data that is made here. budget: candidates, about."""
     torch.manual_seed(0)
     data = write_shapes(folder / "data", 8, 4, 4, size=(96, 64), seed=3)
@@ -205,7 +212,7 @@ def commands(folder: Path, output: str, budget: int) -> dict[str, list[str]]:
     largest = type(spec)(**{**vars(spec), "body": pool.largest.body})
     save_pool(folder / "pool", stirred(largest), pool, {"recipe": {"epochs": 1}})
     common = ["--address", "auto", "--or-resume", "--preset", "smoke", "--data", str(data), "--seed", "1"]
-    common += ["--cache", str(folder / "cache"), "--output", output, "--workers", "2"]
+    common += ["--cache", str(folder / "cache"), "--output", output, "--workers", str(workers)]
     distiller = ["--budget-per-input", str(budget // 2), "--weights-budget", str(budget // 2)]
     distiller += ["--inputs", "global", "--no-students"]
     joint = ["--base", str(folder / "base.safetensors"), "--pool", str(folder / "pool"), "--budget", str(budget)]

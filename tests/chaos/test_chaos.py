@@ -13,7 +13,7 @@ def test_a_joint_search_in_an_object_store_loses_nothing_to_killed_processes_and
 ) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    result = one_round("joint", tmp_path, seed=0, faults=4, budget=6, store=True)
+    result = one_round("joint", tmp_path, seed=0, faults=4, budget=6, store=True, workers=1)
     assert result["candidates"] == 7 and len(result["faults"]) >= 3
 
 

@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,23 +35,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--cache", str(tmp_path_factory.mktemp("cache"))]
 
 
-def stop_after(count: int, number: signal.Signals, folder: Path, arguments: list[str]) -> int:
-    """Start the search in a process of its own, send it a signal once ``count`` candidates were told; its exit code."""
-    command = [sys.executable, str(SCRIPTS / "search_distiller.py"), *arguments]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while sum(event.kind == "told" for event in new_events(folder, 0)) < count and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, number)
-    return process.wait()
+def stopped_after(count: int, folder: Path, arguments: list[str]) -> int:
+    """Run the search, and ask it to end once ``count`` candidates were told; its exit code."""
+
+    def stop() -> None:
+        while sum(event.kind == "told" for event in new_events(folder, 0)) < count:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    return main_of(lambda _: search_distiller.main(arguments))
 
 
 @pytest.fixture(scope="session")
 def search_run(ray_cluster: None, cache: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of search_distiller.py, stopped by SIGTERM on its way. (Drivers are killed in tests/chaos.)"""
     folder = tmp_path_factory.mktemp("runs") / "search"
-    assert stop_after(3, signal.SIGTERM, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
+    assert stopped_after(3, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
     assert not (folder / "lease.json").exists()
     before = Ledger.open(folder).events()
     assert search_distiller.main(["--resume", str(folder)]) == 0
@@ -156,12 +155,15 @@ def test_a_plain_training_and_its_file_as_a_teacher(
     assert train_detector.main(["--resume", str(output)]) == 0
 
 
-def test_a_finished_search_is_extended(search_run: Path, tmp_path: Path) -> None:
+def test_a_finished_search_is_extended(search_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was asked stands, and the students follow what is found then."""
+    taught: list[str] = []
+    monkeypatch.setattr(search_distiller, "train_students", lambda found, *_: taught.append(str(found.formula)))
     folder = tmp_path / "extended"
-    shutil.copytree(search_run, folder, ignore=shutil.ignore_patterns("students"))  # whose records name their own place
+    shutil.copytree(search_run, folder)
     events = Ledger.open(folder).events()
-    assert search_distiller.main(["--resume", str(folder), "--weights-budget", "8"]) == 0
+    assert search_distiller.main(["--resume", str(folder), "--weights-budget", "8"]) == 130  # before students
+    assert taught == [json.loads((folder / "found.json").read_text())["formula"]]
     extended = read_run(folder)
     assert Ledger.open(folder).events()[: len(events)] == events
     inputs = extended.loc[extended["phase"] == "formula", "group"].nunique()

@@ -6,7 +6,7 @@ teacher gets none, and the loss of a batch is the mean of its images' losses unl
 The space depends on the input's kind alone: 84,144 terms on maps, 16,920 on planes, 3,654 on vectors, 6 on boxes. By
 default this covers
 every operation with every searched parameter and every pair of operations that can follow one another on a map with
-dead images, cells and channels, on vectors and on boxes, and fixed random samples of all terms (5,600) on other values:
+dead images, cells and channels, on vectors and on boxes, and fixed random samples of all terms (1,600) on other values:
 one image, one cell, one channel, large, small, half precision, no rows. ``-m slow`` covers every term.
 """
 
@@ -41,7 +41,7 @@ from autodet.distill.values import (
 
 INPUT_OF = {spec.kind: name for name, spec in reversed(INPUTS.items())}  # one input of each kind
 COUNTS = [2, 0, 3, 1, 4]  # rows of each image, for vectors and boxes
-SAMPLED = 150  # terms for each way of drawing values
+SAMPLED = 100  # terms for each way of drawing values
 EXHAUSTIVE = ("partly dead", "float32", "split")  # where all adjacent pairs are judged
 
 

@@ -44,7 +44,7 @@ from autodet.distill.grammar import WEIGHTS
 from autodet.ledger import Ledger
 from autodet.object_store import named
 from autodet.records import Record
-from autodet.results.frame import paired_differences, read_run
+from autodet.results.frame import mask_columns, paired_differences, read_run
 from autodet.results.report import write_report
 from autodet.runtime.cluster import ray_running
 from autodet.search import EMPTY, Candidate
@@ -164,15 +164,18 @@ def mean_ap(records: Sequence[Record], formula: Formula) -> float:
 
 
 def print_table(folder: Path) -> None:
-    """Arms by their paired difference to inherit-only, in AP points (0–100)."""
+    """Arms by their paired difference to inherit-only, in AP points (0–100); the APs of masks where there are any."""
     table = paired_differences(read_run(folder), BASELINE)
+    masks = mask_columns(table)
     width = max(14, *table["arm"].str.len())
-    print(f"\n{'arm':{width}} {'AP':>6} {'runs':>5}   difference to {BASELINE}, 95 % interval")
+    heading = "".join(f" {name:>6}" for name in ("AP", *("masks" for _ in masks)))
+    print(f"\n{'arm':{width}}{heading} {'runs':>5}   difference to {BASELINE}, 95 % interval")
     for row in table.to_dict("records"):
         values: dict[str, Any] = {str(key): value for key, value in row.items()}
         difference, low, high = (100 * values[name] for name in ("difference", "low", "high"))
         text = "" if values["arm"] == BASELINE else f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
-        print(f"{values['arm']:{width}} {100 * values['mean']:6.2f} {values['runs']:5}   {text}")
+        means = "".join(f" {100 * values[name]:6.2f}" for name in ("mean", *masks))
+        print(f"{values['arm']:{width}}{means} {values['runs']:5}   {text}")
     for name, formula in {r.group: r.formula for r in Ledger.open(folder).write_views()}.items():
         print(f"  {name}: {formula}")
 

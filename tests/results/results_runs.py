@@ -46,13 +46,13 @@ def search_run(folder: Path, close: bool = True) -> Ledger:
     return ledger
 
 
-def comparison_run(folder: Path, arms: dict[str, list[float]]) -> Path:
-    """A comparison: AP per arm and seed."""
+def comparison_run(folder: Path, arms: dict[str, list[float]], masks: bool = False) -> Path:
+    """A comparison: AP per arm and seed; of masks half of it, where there are masks."""
     with Ledger.create(folder, {"script": "compare_distillers"}) as ledger:
         id = 0
         for arm, values in arms.items():
             for seed, ap in enumerate(values):
                 ledger.append("asked", id, asked(f"{arm}: l1 * 1", "compare", arm, replicate=seed))
-                ledger.append("told", id, told(ap))
+                ledger.append("told", id, told(ap, mask_ap=ap / 2 if masks else None))
                 id += 1
     return folder

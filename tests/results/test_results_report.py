@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pandas as pd
 import pytest
+from compare_distillers import print_table
 from results_runs import HOSTILE, asked, comparison_run, search_run, told
 
 from autodet.ledger import Ledger
@@ -100,6 +101,18 @@ def test_analyze_guides_where_runs_are_several(
     assert "Which inputs help alone" in printed and "second-hand" in printed and "first/students" in printed
     made = {path.name for path in (tmp_path / "runs" / "guidance").iterdir()}
     assert made >= {"guidance.html", "pictures", "inputs.csv", "operations.csv", "runs.csv", "transfers.csv"}
+
+
+@pytest.mark.parametrize(
+    ("masks", "heading", "found"), [(True, "AP masks runs", "60.00 30.00 2"), (False, "AP runs", "60.00 2")]
+)
+def test_a_comparisons_table_has_the_aps_of_masks_beside_those_of_boxes(
+    masks: bool, heading: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_table(comparison_run(tmp_path / "c", {"inherit-only": [0.5, 0.5], "found": [0.6, 0.6]}, masks))
+    first, second = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:3])
+    assert first.startswith(f"arm {heading} difference")
+    assert second.startswith(f"found {found} +10.00")
 
 
 def test_analyze_leaves_the_run_alone_with_output(analyze: ModuleType, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ CASES = [(family, "tied") for family in FAMILIES] + [("retinanet", name) for nam
 every = pytest.mark.parametrize(("family", "name"), CASES)
 
 
-def some_members(space: PoolSpace, count: int = 4) -> list[Member]:
+def some_members(space: PoolSpace, count: int = 3) -> list[Member]:
     rng = random.Random(0)
     return [space.largest, space.smallest, *(space.sample(rng) for _ in range(count))]
 

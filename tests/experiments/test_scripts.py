@@ -51,7 +51,8 @@ def stopped_after(count: int, folder: Path, arguments: list[str]) -> int:
 def search_run(ray_cluster: None, cache: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of search_distiller.py, stopped by SIGTERM on its way. (Drivers are killed in tests/chaos.)"""
     folder = tmp_path_factory.mktemp("runs") / "search"
-    assert stopped_after(3, folder, [*SMOKE, *cache, "--output", str(folder)]) == 130
+    arguments = [*SMOKE, *cache, "--inputs", "global", "logits.roi", "--output", str(folder)]
+    assert stopped_after(3, folder, arguments) == 130
     assert not (folder / "lease.json").exists()
     before = Ledger.open(folder).events()
     assert search_distiller.main(["--resume", str(folder)]) == 0

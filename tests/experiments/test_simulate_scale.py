@@ -202,7 +202,7 @@ def test_asks_do_not_slow_down_with_the_history(name: str) -> None:
 
 
 def run(output: Path, *more: str) -> Sequence[str]:
-    sizes = ["--candidates", str(SMALL), "--predicted", "130", "--workers", "2", "20", "--rebuild", "20", "--here"]
+    sizes = ["--candidates", str(SMALL), "--predicted", "90", "--workers", "2", "20", "--rebuild", "20", "--here"]
     assert simulate_scale.main([*sizes, "--output", str(output), *more]) == 0
     return sizes
 

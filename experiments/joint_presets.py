@@ -23,7 +23,7 @@ class JointPreset:
     founders: members of the pool that children may descend from as well as from the base; where a pool is trained
     longer than the base was, they are the better beginnings, and where not, their children soon lose [ours]. larger:
     the size of images beside the base's, as a factor of it, that the pool's members learn to see. rounds: of the last
-    timings, at most.
+    timings, at most; earlier ones take fewer.
     """
 
     preset: Preset
@@ -88,7 +88,7 @@ def smoke(preset: Preset) -> JointPreset:
         steps=Steps(width=4),
         founders=1,
         larger=1.0,
-        rounds=20,
+        rounds=10,
     )
 
 

@@ -59,6 +59,7 @@ from upgrading import (
 from autodet.detectors import Detector, load_detector
 from autodet.distill import Formula
 from autodet.joint import Examiner, JointBench
+from autodet.joint.examine import MOST_ROUNDS
 from autodet.ledger import Ledger
 from autodet.object_store import named
 from autodet.runtime.cluster import check_address, ray_running
@@ -105,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             task = joint_task(options, preset, data, base, pool, folder)
             with stages.timed("search"):
                 base_ms = recorded_base_ms(ledger)
-                examiner = Examiner(JointBench(task), keep_base(task, base), milliseconds, base_ms)
+                rounds = min(MOST_ROUNDS, preset.rounds)
+                examiner = Examiner(JointBench(task), keep_base(task, base), milliseconds, base_ms, rounds)
                 search = make_search(options, preset, task, examiner, formula, pool)
                 finished = run_search(ledger, search, task, folder, preset.preset)
             if not finished:

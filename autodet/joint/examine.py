@@ -40,16 +40,22 @@ class Examiner:
     """
 
     def __init__(
-        self, bench: JointBench, base: str, milliseconds: UserCost | None = None, base_ms: float | None = None
+        self,
+        bench: JointBench,
+        base: str,
+        milliseconds: UserCost | None = None,
+        base_ms: float | None = None,
+        rounds: int = MOST_ROUNDS,
     ) -> None:
         """base: hash of the base's weights. base_ms: what the base took when the search began, None to time it now.
+        rounds: of a timing, at most.
 
         ValueError where the user's measurement of the base fails or is no positive number.
         """
         self.base, self._bench, self._milliseconds = base, bench, milliseconds
         self._base, _ = load_detector(bench.task.weights_file(base))
         self._base.model.to(bench.task.task.device)
-        self._quiet, self._failures = bench.task.locks(), 0
+        self._quiet, self._failures, self._rounds = bench.task.locks(), 0, rounds
         self.base_ms = base_ms or self._base_milliseconds()
 
     def __call__(self, weights: str, actions: Sequence[Action], draw: int) -> Examined | str:
@@ -69,7 +75,7 @@ class Examiner:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    def cost(self, detector: Detector, precision: float = PRECISION, rounds: int = MOST_ROUNDS) -> RelativeCost:
+    def cost(self, detector: Detector, precision: float = PRECISION, rounds: int | None = None) -> RelativeCost:
         """What a detector costs, beside the base. precision, rounds: of the timing, see ``measure_latency_ratio``."""
         task = self._bench.task.task
         detector.model.to(task.device).eval()
@@ -86,7 +92,7 @@ class Examiner:
                 task.device,
                 task.threads,
                 precision,
-                rounds,
+                rounds or self._rounds,
                 len(images),
             )
         return RelativeCost(found.ratio, found.spread, found.ratio * self.base_ms, macs, params)

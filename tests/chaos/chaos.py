@@ -161,11 +161,7 @@ def _one_round(
         driver = Driver(command, cluster.cluster.address, folder / "driver.log")
         trials = kill_one(lambda: cluster.processes("ray::distiller/", "ray::joint/", "ray::ImplicitFunc"), "a trial")
         caches = kill_one(lambda: cluster.processes("ray::WeightCache"), "a cache")
-        kinds = (
-            [trials, caches, cluster.replace, driver.kill]
-            if kind == "joint"
-            else [trials, cluster.replace, driver.kill]
-        )
+        kinds = [cluster.replace, driver.kill, trials, *([caches] if kind == "joint" else [])]
         order = [kinds[i % len(kinds)] for i in range(faults)]
         rng.shuffle(order)
         deadline = time.monotonic() + LONGEST

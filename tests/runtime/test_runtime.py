@@ -219,26 +219,34 @@ def test_a_worker_that_dies_while_it_starts_or_changes_over_costs_no_candidate(
         assert [(event.kind, event.id) for event in ledger.events()] == [("asked", 0), ("told", 0)]
 
 
-class MendingSession(Session):
-    """Takes away what is in the machine's way once a candidate has failed under it."""
-
-    obstacle = Path()
-
-    def retry(self, id: int, error: MachineError) -> None:
-        super().retry(id, error)
-        self.obstacle.unlink()
+def outcome_of(task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a trial of candidate 0 tells in the end; in this process, without Ray."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("autodet.runtime.trial.tune.report", told.append)
+    monkeypatch.setattr(trial, "show_title", lambda name: None)
+    trial.make_trainable(task, folder)({"id": 0, "candidate": candidates(1)[0][0].to_json()})
+    outcome: dict[str, Any] = json.loads(told[-1]["outcome"])
+    return outcome
 
 
 def test_a_candidate_whose_machine_failed_is_tried_again(
-    ray_cluster: None, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(session_module, "PAUSE", 0.01)
+    monkeypatch.setattr(session_module, "PAUSE", 0.0)
     (tmp_path / "file").write_text("no folder can be made in a file")
+    hindered = replace(task, cache=str(tmp_path / "file" / "cache"))
     with Ledger.create(tmp_path / "run", {}) as ledger:
-        session = MendingSession(ledger, FixedList(candidates(2)))
-        session.obstacle = tmp_path / "file"
-        run_session(session, replace(task, cache=str(tmp_path / "file" / "cache")), tmp_path / "run", workers=1)
-        assert [r.status for r in records_of(session, ledger)] == ["completed"] * 2
+        session = Session(ledger, FixedList(candidates(1)))
+        searcher = SessionSearcher(session, 1, tmp_path / "run" / "trials")
+        config = searcher.suggest("first")
+        failed = outcome_of(hindered, tmp_path / "run" / "trials", monkeypatch)
+        searcher.on_trial_complete("first", {"outcome": json.dumps(failed)})
+        assert session.broken is None and searcher.suggest("second") == config
+        (tmp_path / "file").unlink()
+        outcome = outcome_of(hindered, tmp_path / "run" / "trials", monkeypatch)
+        searcher.on_trial_complete("second", {"outcome": json.dumps(outcome)})
+        assert searcher.suggest("third") == SessionSearcher.FINISHED
+        assert [r.status for r in records_of(session, ledger)] == ["completed"]
     assert caplog.text.count("Candidate 0 is tried again") == 1
 
 
@@ -247,11 +255,7 @@ def test_a_gpu_that_does_not_answer_is_no_fault_of_the_candidate(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a broken one would fail every candidate within a second."""
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr("autodet.runtime.trial.tune.report", told.append)
-    monkeypatch.setattr(trial, "show_title", lambda name: None)
-    trial.make_trainable(replace(task, device="cuda"), tmp_path)({"id": 0, "candidate": candidates(1)[0][0].to_json()})
-    outcome = json.loads(told[-1]["outcome"])
+    outcome = outcome_of(replace(task, device="cuda"), tmp_path, monkeypatch)
     assert outcome["status"] == ENVIRONMENT and re.search("CUDA|NVIDIA", outcome["cause"])
 
 

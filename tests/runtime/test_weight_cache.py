@@ -72,6 +72,17 @@ def start_readers(count: int) -> list[Any]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_cache_that_nobody_reads_ends_and_is_made_again(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
+    path, hash, state = weights
+    drop_caches()
+    wait_for(names_of_caches, until=lambda names: not names)
+    ended = cache_of_this_node(idle=0.5)
+    ray.get(ended.get.remote(hash, str(path)))
+    wait_for(names_of_caches, until=lambda names: not names)
+    assert torch.equal(shared_weights(hash, path)("layer0"), state["layer0"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_trials_hold_the_weights_once_and_none_can_change_them(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
     """Each reader's own memory hardly grows: what it maps is the one copy in Ray's shared memory."""
     path, hash, state = weights
@@ -90,6 +101,15 @@ def test_trials_hold_the_weights_once_and_none_can_change_them(weights: tuple[Pa
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_file_of_other_weights_is_refused(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
+    path, _, _ = weights
+    with pytest.raises(WeightsError, match=r"expected 000000000000…: it was changed since"):
+        shared_weights("0" * 64, path)
+    with pytest.raises(WeightsError, match="missing"):
+        shared_weights("1" * 64, path.with_name("missing.safetensors"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_cache_that_dies_is_rebuilt_from_the_file(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
     path, hash, state = weights
     before = shared_weights(hash, path)
@@ -100,26 +120,6 @@ def test_a_cache_that_dies_is_rebuilt_from_the_file(weights: tuple[Path, str, di
     assert all(torch.equal(after(name), value) for name, value in state.items())
     assert torch.equal(before("layer0"), state["layer0"])  # what was mapped stays readable
     assert ray.get(cache_of_this_node().__ray_call__.remote(lambda _: os.getpid())) != victim
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_file_of_other_weights_is_refused(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
-    path, _, _ = weights
-    with pytest.raises(WeightsError, match=r"expected 000000000000…: it was changed since"):
-        shared_weights("0" * 64, path)
-    with pytest.raises(WeightsError, match="missing"):
-        shared_weights("1" * 64, path.with_name("missing.safetensors"))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_cache_that_nobody_reads_ends_and_is_made_again(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
-    path, hash, state = weights
-    drop_caches()
-    wait_for(names_of_caches, until=lambda names: not names)
-    ended = cache_of_this_node(idle=0.5)
-    ray.get(ended.get.remote(hash, str(path)))
-    wait_for(names_of_caches, until=lambda names: not names)
-    assert torch.equal(shared_weights(hash, path)("layer0"), state["layer0"])
     drop_caches()
     wait_for(names_of_caches, until=lambda names: not names)
 

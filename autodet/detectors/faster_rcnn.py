@@ -19,11 +19,12 @@ from torchvision.ops.poolers import initLevelMapper
 
 from autodet.detectors.dims import Named, biased, pyramid_dim
 from autodet.detectors.pyramid import (
-    PyramidSteps,
     build_backbone,
     check_rebuilt,
     describe_frame,
     matching,
+    preprocess,
+    pyramid,
     unsaid_frame,
 )
 from autodet.detectors.spec import DetectorSpec, SpecError
@@ -58,10 +59,21 @@ class Sampled:
     regression: list[Tensor]
 
 
-class FasterRCNNSteps(PyramidSteps):
+class FasterRCNNSteps(nn.Module):
     """The steps of ``detectors.steps.TwoStage`` on a torchvision FasterRCNN, which is used as it is, not copied."""
 
-    model: FasterRCNN
+    def __init__(self, model: Any, spec: DetectorSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+
+    def preprocess(self, images: list[Tensor], targets: list[Target] | None = None) -> Inputs:
+        """Images 3×h×w in [0, 1] → normalised, resized, and padded to a canvas that 32 divides; targets follow."""
+        return preprocess(self.model, images, targets)
+
+    def features(self, inputs: Inputs) -> Features:
+        """The pyramid, nominal stride → N×C×H×W."""
+        return pyramid(self.model, self.spec.levels, inputs)
 
     def dense(self, inputs: Inputs, features: Features) -> Dense:
         """The proposal network's responses and the anchors they belong to."""

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 
 from autodet.detectors.dims import Named, tower_counts, tower_groups
-from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
-from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt, describe_frame, unsaid_frame
+from autodet.detectors.one_stage import OneStageSteps, describe_selection, frame_options
+from autodet.detectors.pyramid import build_backbone, check_rebuilt, describe_frame, unsaid_frame
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import CLASSIFY, REGRESS, MMDet, Read, State, count, one_stage
-from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
+from autodet.detectors.steps import Dense, Family, Features, Inputs
 
 
-class FCOSSteps(PyramidSteps):
+class FCOSSteps(OneStageSteps):
     """The steps of ``detectors.steps.Detector`` on a torchvision FCOS, which is used as it is, not copied."""
 
     model: FCOS
@@ -33,21 +33,6 @@ class FCOSSteps(PyramidSteps):
         centerness = {stride: regress.bbox_ctrness(tower) for stride, tower in towers.items()}
         anchors = self.model.anchor_generator(inputs.images, list(features.values()))
         return Dense(logits, sides, anchors, centerness)
-
-    def boxes(self, dense: Dense) -> Tensor:
-        """N×all×4 xyxy in the canvas's pixels."""
-        decoded: Tensor = self.model.box_coder.decode(flatten(dense.deltas, 4).float(), torch.stack(dense.anchors))
-        return decoded
-
-    def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
-        """The plain model's focal loss, GIoU loss and centerness loss."""
-        outputs = head_outputs(dense, len(self.spec.labels) + 1)
-        per_level = [level.shape[2] * level.shape[3] for level in features.values()]
-        return dict(self.model.compute_loss(inputs.ground_truth(), outputs, dense.anchors, per_level))
-
-    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
-        """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
-        return postprocess(self.model, inputs, dense, len(self.spec.labels) + 1)
 
 
 def build_fcos(spec: DetectorSpec) -> FCOS:

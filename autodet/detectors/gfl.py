@@ -27,8 +27,8 @@ from autodet.detectors.one_box import (
     one_anchor,
     unsaid_one_box,
 )
-from autodet.detectors.one_stage import flatten, frame_options, head_outputs, postprocess
-from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt
+from autodet.detectors.one_stage import OneStageSteps, flatten, frame_options
+from autodet.detectors.pyramid import build_backbone, check_rebuilt
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, UNUSED, MMDet, Read, State, count, sizes
 from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
@@ -172,7 +172,7 @@ class GFL(OneBoxDetector):
         }
 
 
-class GFLSteps(PyramidSteps):
+class GFLSteps(OneStageSteps):
     """The steps of ``detectors.steps.Detector`` on a GFL."""
 
     model: GFL
@@ -183,21 +183,6 @@ class GFLSteps(PyramidSteps):
         logits, distances, sides = (dict(zip(features, levels, strict=True)) for levels in zip(*maps, strict=True))
         anchors = self.model.anchor_generator(inputs.images, list(features.values()))
         return Dense(logits, distances, anchors, sides=sides)
-
-    def boxes(self, dense: Dense) -> Tensor:
-        """N×all×4 xyxy in the canvas's pixels."""
-        decoded: Tensor = self.model.box_coder.decode(flatten(dense.deltas, 4), torch.stack(dense.anchors))
-        return decoded
-
-    def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
-        """The plain model's quality focal loss, GIoU loss and distribution focal loss."""
-        outputs = head_outputs(dense, len(self.spec.labels) + 1)
-        per_level = [level.shape[2] * level.shape[3] for level in features.values()]
-        return self.model.compute_loss(inputs.ground_truth(), outputs, dense.anchors, per_level)
-
-    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
-        """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
-        return postprocess(self.model, inputs, dense, len(self.spec.labels) + 1)
 
 
 def build_gfl(spec: DetectorSpec) -> GFL:

@@ -41,8 +41,6 @@ from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
 class MaskRCNNSteps(FasterRCNNSteps):
     """The steps of ``detectors.steps.Masked`` on a torchvision MaskRCNN, which is used as it is, not copied."""
 
-    model: MaskRCNN
-
     def region_losses(self, inputs: Inputs, features: Features, sampled: Sampled) -> dict[str, Tensor]:
         """The second stage's losses, of its masks too."""
         losses, image_sizes = super().region_losses(inputs, features, sampled), inputs.images.image_sizes

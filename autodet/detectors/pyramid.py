@@ -22,25 +22,16 @@ from autodet.detectors.steps import Features, Inputs, Target
 HARMLESS: Final = re.compile(r"(, )?(inplace|momentum)=[^,)]+")  # what of a layer has no effect on its detections
 
 
-class PyramidSteps(nn.Module):
-    """The first two steps of ``detectors.steps.Detector``, alike for all of torchvision's detectors."""
+def preprocess(model: Any, images: list[Tensor], targets: list[Target] | None) -> Inputs:
+    """Images 3×h×w in [0, 1] → normalised, resized, and padded to a canvas that 32 divides; targets follow."""
+    sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+    image_list, targets = model.transform(images, targets)
+    return Inputs(image_list, targets, sizes)
 
-    def __init__(self, model: nn.Module, spec: DetectorSpec) -> None:
-        super().__init__()
-        self.model = model
-        self.spec = spec
 
-    def preprocess(self, images: list[Tensor], targets: list[Target] | None = None) -> Inputs:
-        """Images 3×h×w in [0, 1] → normalised, resized, and padded to a canvas that 32 divides; targets follow."""
-        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        transform = cast(Callable[..., Any], self.model.transform)
-        image_list, targets = transform(images, targets)
-        return Inputs(image_list, targets, sizes)
-
-    def features(self, inputs: Inputs) -> Features:
-        """The pyramid, nominal stride → N×C×H×W. Above 32 sizes are rounded, so strides are nominal."""
-        backbone = cast(Callable[[Tensor], dict[str, Tensor]], self.model.backbone)
-        return dict(zip(self.spec.levels, backbone(inputs.images.tensors).values(), strict=True))
+def pyramid(model: Any, levels: Sequence[int], inputs: Inputs) -> Features:
+    """Nominal stride → N×C×H×W. Above 32 sizes are rounded, so strides are nominal."""
+    return dict(zip(levels, model.backbone(inputs.images.tensors).values(), strict=True))
 
 
 class PlainP6P7(LastLevelP6P7):  # type: ignore[misc]  # torchvision has no types

@@ -26,8 +26,8 @@ from autodet.detectors.one_box import (
     one_anchor,
     unsaid_one_box,
 )
-from autodet.detectors.one_stage import flatten, frame_options, head_outputs, postprocess
-from autodet.detectors.pyramid import PyramidSteps, build_backbone, check_rebuilt
+from autodet.detectors.one_stage import OneStageSteps, flatten, frame_options
+from autodet.detectors.pyramid import build_backbone, check_rebuilt
 from autodet.detectors.reppoints_loss import BETWEEN, NOTHING, assign_nearest, assign_overlapping, box_loss, moment_box
 from autodet.detectors.spec import DetectorSpec, SpecError
 from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, MMDet, Read, State, count, sizes
@@ -215,7 +215,7 @@ class RepPointsDense(Dense):
     second: dict[int, Tensor] = field(default_factory=dict)
 
 
-class RepPointsSteps(PyramidSteps):
+class RepPointsSteps(OneStageSteps):
     """The steps of ``detectors.steps.Detector`` on a RepPoints."""
 
     model: RepPoints
@@ -227,22 +227,12 @@ class RepPointsSteps(PyramidSteps):
         anchors = self.model.anchor_generator(inputs.images, list(features.values()))
         return RepPointsDense(logits, self.model.head.sides(second), anchors, first=first, second=second)
 
-    def boxes(self, dense: Dense) -> Tensor:
-        """N×all×4 xyxy in the canvas's pixels."""
-        decoded: Tensor = self.model.box_coder.decode(flatten(dense.deltas, 4), torch.stack(dense.anchors))
-        return decoded
-
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """The plain model's focal loss and its losses of second and first boxes."""
         assert isinstance(dense, RepPointsDense)
-        outputs = head_outputs(dense, len(self.spec.labels) + 1)
-        outputs["bbox_initial"] = flatten(self.model.head.sides(dense.first), 4)
+        outputs = self.outputs(dense) | {"bbox_initial": flatten(self.model.head.sides(dense.first), 4)}
         per_level = [level.shape[2] * level.shape[3] for level in features.values()]
         return self.model.compute_loss(inputs.ground_truth(), outputs, dense.anchors, per_level)
-
-    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
-        """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
-        return postprocess(self.model, inputs, dense, len(self.spec.labels) + 1)
 
 
 def build_reppoints(spec: DetectorSpec) -> RepPoints:

@@ -13,9 +13,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from autodet.detectors.dims import Named, tower_counts, tower_groups
-from autodet.detectors.one_stage import describe_selection, flatten, frame_options, head_outputs, postprocess
+from autodet.detectors.one_stage import OneStageSteps, describe_selection, flatten, frame_options
 from autodet.detectors.pyramid import (
-    PyramidSteps,
     build_backbone,
     check_rebuilt,
     describe_frame,
@@ -24,12 +23,12 @@ from autodet.detectors.pyramid import (
 )
 from autodet.detectors.spec import DetectorSpec, SpecError, octaves
 from autodet.detectors.state import CLASSIFY, REGRESS, TOWER_NAMES, MMDet, Read, State, count, one_stage
-from autodet.detectors.steps import Dense, Family, Features, Inputs, Target
+from autodet.detectors.steps import Dense, Family, Features, Inputs
 
 V2_GROUPS = 32  # of the group norms of torchvision's second version
 
 
-class RetinaNetSteps(PyramidSteps):
+class RetinaNetSteps(OneStageSteps):
     """The steps of ``detectors.steps.Detector`` on a torchvision RetinaNet, which is used as it is, not copied."""
 
     model: RetinaNet
@@ -49,12 +48,7 @@ class RetinaNetSteps(PyramidSteps):
 
     def losses(self, inputs: Inputs, features: Features, dense: Dense) -> dict[str, Tensor]:
         """The plain model's focal loss and box loss."""
-        outputs = head_outputs(dense, len(self.spec.labels) + 1)
-        return dict(self.model.compute_loss(inputs.ground_truth(), outputs, dense.anchors))
-
-    def postprocess(self, inputs: Inputs, features: Features, dense: Dense) -> list[Target]:
-        """Detections per image: boxes in pixels of the images given to ``preprocess``, scores, labels 1..K."""
-        return postprocess(self.model, inputs, dense, len(self.spec.labels) + 1)
+        return dict(self.model.compute_loss(inputs.ground_truth(), self.outputs(dense), dense.anchors))
 
 
 def build_retinanet(spec: DetectorSpec) -> RetinaNet:

@@ -127,11 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     data_options(parser)
     placement_options(parser)
     add = parser.add_argument
-    add(
-        "--base",
-        type=source,
-        help="a detector file, or a state dict of torchvision or mmdetection (default: train one)",
-    )
+    add("--base", type=source, help="a detector file, or a state dict of torchvision or mmdetection (default: train)")
     add("--base-size", type=positive, metavar="PIXELS", help="shorter side that a state dict was trained at (800)")
     add(
         "--latency-target",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,12 @@ def shared_weights(hash: str, path: Path) -> SharedWeights:
     Where the cache cannot be had, they are read from the file into this process alone. WeightsError where the file is
     not of that hash.
     """
+    # While a task's own thread waits, Ray lends the task's CPUs to a further one, which then is one too many.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_shared_weights, hash, path).result()
+
+
+def _shared_weights(hash: str, path: Path) -> SharedWeights:
     for _ in range(ATTEMPTS):
         try:
             (reference,) = ray.get(cache_of_this_node().get.remote(hash, str(path)), timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -74,11 +75,21 @@ def start_readers(count: int) -> list[Any]:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cache_that_nobody_reads_ends_and_is_made_again(weights: tuple[Path, str, dict[str, Tensor]]) -> None:
     path, hash, state = weights
+
+    def read() -> tuple[float, float]:
+        """When a process began to read, and when it had the weights. (Here, so that Ray sends it along.)"""
+        began = time.time()
+        shared_weights(hash, path)
+        return began, time.time()
+
     drop_caches()
     wait_for(names_of_caches, until=lambda names: not names)
     ended = cache_of_this_node(idle=0.5)
     ray.get(ended.get.remote(hash, str(path)))
     wait_for(names_of_caches, until=lambda names: not names)
+    # Made again by a task, which keeps its CPUs while it waits for it: no other one begins meanwhile.
+    times = sorted(ray.get([ray.remote(num_cpus=2)(read).remote() for _ in range(3)]))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(times))
     assert torch.equal(shared_weights(hash, path)("layer0"), state["layer0"])
 
 

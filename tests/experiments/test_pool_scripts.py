@@ -86,14 +86,14 @@ def read(pid: int, name: str) -> str:
 def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished pool at preset smoke, stopped and damaged on its way.
 
-    Its driver was killed after two epochs, in the middle of writing Ray's list of checkpoints; then one of its two
-    workers, where it had had one before.
+    Its driver was killed after two epochs, in the middle of writing Ray's list of checkpoints; then its worker, where
+    it had had two before.
     """
     folder = tmp_path_factory.mktemp("runs") / "pool"
     cache = str(tmp_path_factory.mktemp("cache"))
     options = ["--preset", "smoke", "--family", "fcos", "--output", str(folder), "--cache", cache]
     # A formula that does not divide by small deviations, so that rounding stays as small as it is.
-    options += ["--schedule", SCHEDULE, "--check-every", "3", "--formula", "global: l2 * 0.1", "--workers", "1"]
+    options += ["--schedule", SCHEDULE, "--check-every", "3", "--formula", "global: l2 * 0.1", "--workers", "2"]
     script = str(Path(train_teacher_pool.__file__))
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     driver = subprocess.Popen([sys.executable, script, *options, "--address", "auto"], env=environment)
@@ -106,7 +106,7 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(folder, len(before) + 2, killed), daemon=True)
     killer.start()
-    assert train_teacher_pool.main(["--resume", str(folder), "--workers", "2"]) == 0
+    assert train_teacher_pool.main(["--resume", str(folder), "--workers", "1"]) == 0
     assert len(killed) == 1
     after = (folder / PROGRESS).read_text().splitlines()
     assert after[: len(before) - 1] == before[:-1]  # seconds included: only what no checkpoint held was trained again
@@ -114,7 +114,7 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_lost_worker_changes_nothing_and_no_epoch_counts_twice(run: Path) -> None:
-    """One worker, then two, of which one was lost, against one process that does everything."""
+    """Two workers, then one, which was lost, against one process that does everything."""
     task = PoolTask.from_json(json.dumps(Ledger.open(run).config["task"]))
     bench = PoolBench(task)
     alone = bench.trainer()

@@ -95,9 +95,9 @@ def smoke(preset: Preset) -> JointPreset:
 def demo(preset: Preset) -> JointPreset:
     """A few minutes on few generated images; batches of 4, for the steps."""
     return JointPreset(
-        preset=replace(preset, teaching=recipe(9, batch_size=4), shapes=(150, 40, 40)),
+        preset=replace(preset, teaching=recipe(9, batch_size=4), shapes=(120, 40, 40)),
         child=replace(recipe(2, lr=1.5e-3, batch_size=4), warmup=5),
-        budget=10,
+        budget=8,
         schedule="1*largest > 1*sandwich(1, 1)",
         members=2,
         inputs=("logits.roi",),
@@ -108,6 +108,7 @@ def demo(preset: Preset) -> JointPreset:
         fractions=(1.0,),  # on images this small nothing is gained by other sizes
         founders=1,
         larger=1.0,
+        rounds=100,
     )
 
 

@@ -37,7 +37,7 @@ def finish(
 
     rounds: of a timing, at most. base_epochs: that the base was trained here, None where it was given.
     """
-    chosen, cost = chosen_of(search, task, examiner, rounds)
+    chosen, cost = chosen_of(search, task, examiner, rounds, already_chosen(folder, search))
     student = search.student(chosen.id)
     derived, notes = load_detector(task.weights_file(search.weights[chosen.id]))
     lineage = {"candidate": chosen.id, "lineage_epochs": student.epochs, "val_ap": chosen.ap}
@@ -58,20 +58,35 @@ def finish(
     target = search.settings.limits.get("latency_ratio")
     lines, split = [*doubts(rows), *usage(folder), _export(derived, bench, folder / ONNX)], task.task.split
     found = {"derived": chosen.id, "target": target, "met": search.within(cost), "rows": rows, "split": split}
-    atomic_write_json(folder / TABLE, found | {"usage": lines, "marks": marks, "seconds": seconds})
+    found |= {"usage": lines, "marks": marks, "seconds": seconds, "completed": len(search.weights)}
+    atomic_write_json(folder / TABLE, found)
     report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks, split=split)
     shown = pd.DataFrame(rows).astype(object)
     print(f"\n{of_split(split)}\n{shown.where(shown.notna(), '–').to_string(index=False)}")
     print("\n" + "\n".join(lines) + f"\n\nReport: {report}")
 
 
-def chosen_of(search: JointSearch, task: JointTask, examiner: Examiner, rounds: int) -> tuple[Point, RelativeCost]:
+def already_chosen(folder: Path, search: JointSearch) -> int | None:
+    """The candidate that a finished run handed over, unless there are more to choose from by now."""
+    path = folder / TABLE
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return int(found["derived"]) if found.get("completed") == len(search.weights) else None
+
+
+def chosen_of(
+    search: JointSearch, task: JointTask, examiner: Examiner, rounds: int, already: int | None = None
+) -> tuple[Point, RelativeCost]:
     """What is handed over and its cost, and a word where that is less than was asked for.
 
     Children were timed before they were trained, and a detector that finds more takes longer: the choice is timed anew.
+    already: the candidate that was chosen before and stays, whatever it takes now.
     """
     if not search.front():
         raise ValueError("No candidate completed, not even the base; the causes are in summary.csv.")
+    if already is not None:
+        point = next(point for point in (*search.ranked(), *search.front()) if point.id == already)
+        fetch_changed(path := task.weights_file(search.weights[already]))
+        return point, examiner.cost(load_detector(path)[0], PRECISION, rounds) if already else examiner.base_cost()
     for point in search.ranked():
         path = task.weights_file(search.weights[point.id])
         if point.id == 0:

@@ -49,7 +49,7 @@ def stopped_after(count: int, folder: Path, arguments: list[str]) -> int:
 
 @pytest.fixture(scope="session")
 def search_run(ray_cluster: None, cache: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of search_distiller.py, stopped by SIGTERM on its way. (Drivers are killed in tests/chaos.)"""
+    """A finished run of search_distiller.py, stopped by SIGTERM on its way. (Drivers are killed in test_upgrade.py.)"""
     folder = tmp_path_factory.mktemp("runs") / "search"
     arguments = [*SMOKE, *cache, "--inputs", "global", "logits.roi", "--output", str(folder)]
     assert stopped_after(3, folder, arguments) == 130

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import analyze
 import compare_upgrades
 import measure_inheritance
 import pandas as pd
 import pytest
+import ray
 import torch
 import train_teacher_pool
 import upgrade_detector
+from chaos import check
 from detector_cases import small_spec, stirred
 from finishing import doubts, excess
 from joint_presets import joint_preset_of
@@ -39,7 +45,8 @@ from autodet.detectors import DetectorSpec, build, detect, load_detector, save_d
 from autodet.detectors.spec import COCO_LABELS
 from autodet.detectors.weights import weights_hash
 from autodet.distill import Formula
-from autodet.joint import JointBench
+from autodet.event_files import new_events
+from autodet.joint import Examiner, JointBench
 from autodet.joint.bench import LOCKS
 from autodet.ledger import Ledger
 from autodet.records import Cost, RelativeCost, records_from
@@ -68,14 +75,25 @@ def given(folder: Path, spec: DetectorSpec) -> list[str]:
 
 @pytest.fixture(scope="module")
 def upgraded(ray_cluster: None, tiny_spec: DetectorSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run. Runs that are killed on their way are those of tests/chaos."""
+    """A finished run, whose driver was killed on its way. (Nodes are lost in tests/chaos.)"""
     inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("runs") / "upgrade"
     options = [*given(inputs, tiny_spec), "--budget", "5", "--latency-target", "0.95", "--epochs", "2"]
-    assert upgrade_detector.main([*options, "--workers", "1", "--output", str(folder)]) == 0
+    command = [sys.executable, upgrade_detector.__file__, *options, "--workers", "1", "--output", str(folder)]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen([*command, "--address", "auto"], env=environment)
+    while sum(event.kind == "told" for event in new_events(folder, 0)) < 3:
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    before = Ledger.open(folder).events()
+    assert upgrade_detector.main(["--resume", str(folder)]) == 0
+    assert Ledger.open(folder).events()[: len(before)] == before
     return folder
 
 
 def test_every_candidate_ends_once(upgraded: Path) -> None:
+    assert len(check(upgraded)) == 7
     events = Ledger.open(upgraded).events()
     assert [event.id for event in events if event.kind == "told"] == list(range(7))
     records = records_from(events)
@@ -369,10 +387,20 @@ def test_finished_arms_are_compared(
     assert "+1.2 [-14.6, +17.1]" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_only_shown_again(upgraded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Last in this file: a choice at the limit is timed anew."""
+def test_a_finished_run_is_only_shown_again(
+    upgraded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its choice, timed anew, is beyond the limit."""
     before, final = Ledger.open(upgraded).events(), json.loads((upgraded / "final.json").read_text())
+    cost = Examiner.cost
+
+    def slower(self: Examiner, *arguments: Any) -> RelativeCost:
+        return replace(cost(self, *arguments), latency_ratio=1.5)
+
+    monkeypatch.setattr(Examiner, "cost", slower)
     assert upgrade_detector.main(["--resume", str(upgraded)]) == 0
     assert Ledger.open(upgraded).events() == before
-    assert json.loads((upgraded / "final.json").read_text())["rows"][0]["AP"] == final["rows"][0]["AP"]
+    assert load_detector(upgraded / "derived.safetensors")[1]["candidate"] == final["derived"]
+    again = json.loads((upgraded / "final.json").read_text())
+    assert again["derived"] == final["derived"] and again["rows"][0]["AP"] == final["rows"][0]["AP"]
     assert str(upgraded / "report.html") in capsys.readouterr().out

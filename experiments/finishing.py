@@ -57,8 +57,8 @@ def finish(
     save_detections(folder, replace(task.task, teacher=None), {"base": folder / BASE, "derived": folder / DERIVED})
     target = search.settings.limits.get("latency_ratio")
     lines, split = [*doubts(rows), *usage(folder), _export(derived, bench, folder / ONNX)], task.task.split
-    found = {"derived": chosen.id, "target": target, "met": search.within(cost), "rows": rows, "split": split}
-    found |= {"usage": lines, "marks": marks, "seconds": seconds, "completed": len(search.weights)}
+    found: dict[str, Any] = {"derived": chosen.id, "completed": len(search.weights), "target": target, "rows": rows}
+    found |= {"met": search.within(cost), "split": split, "usage": lines, "marks": marks, "seconds": seconds}
     atomic_write_json(folder / TABLE, found)
     report = write_joint_report(folder, chosen.id, rows, target, notes=lines, marks=marks, split=split)
     shown = pd.DataFrame(rows).astype(object)

@@ -29,6 +29,7 @@ from detector_cases import small_spec, stirred
 from ray.cluster_utils import Cluster
 from s3_server import make_bucket, s3_server, settings_of
 
+from autodet import object_store
 from autodet.data import read_dataset, write_shapes
 from autodet.detectors import save_detector
 from autodet.ledger import Ledger
@@ -128,6 +129,7 @@ def bucket(folder: Path) -> Iterator[str]:
         settings = settings_of(address, folder / "copies")
         before = {name: os.environ.get(name) for name in settings}
         os.environ |= settings
+        object_store._store.cache_clear()  # another round's server was elsewhere
         try:
             yield "s3://bucket/run"
         finally:

@@ -21,4 +21,4 @@ def test_a_joint_search_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_distiller_search_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    assert len(one_round("distiller", tmp_path, seed, faults=3)["faults"]) >= 2
+    assert len(one_round("distiller", tmp_path, seed, faults=3, budget=60)["faults"]) >= 2

@@ -95,7 +95,7 @@ def smoke(preset: Preset) -> JointPreset:
 def demo(preset: Preset) -> JointPreset:
     """A few minutes on few generated images; batches of 4, for the steps."""
     return JointPreset(
-        preset=replace(preset, teaching=recipe(9, batch_size=4), shapes=(120, 40, 40)),
+        preset=replace(preset, teaching=recipe(9, batch_size=4), shapes=(100, 40, 40)),
         child=replace(recipe(2, lr=1.5e-3, batch_size=4), warmup=5),
         budget=8,
         schedule="1*largest > 1*sandwich(1, 1)",

@@ -68,7 +68,7 @@ def finish(
 
 def already_chosen(folder: Path, search: JointSearch) -> int | None:
     """The candidate that a finished run handed over, unless there are more to choose from by now."""
-    path = folder / TABLE
+    fetch_changed(path := folder / TABLE)
     found = json.loads(path.read_text()) if path.exists() else {}
     return int(found["derived"]) if found.get("completed") == len(search.weights) else None
 
